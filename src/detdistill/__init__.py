@@ -1,0 +1,63 @@
+"""Knowledge distillation of object detectors."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+# Loaded on first use: importing the package, as the command line does, must not load torch.
+_HOMES = {
+    "Batch": "detdistill.structures",
+    "CrossKD": "detdistill.distill",
+    "Detections": "detdistill.structures",
+    "Distiller": "detdistill.distill",
+    "PKD": "detdistill.distill",
+    "UserError": "detdistill.errors",
+    "create_detector": "detdistill.detectors",
+    "create_method": "detdistill.distill",
+    "evaluate": "detdistill.evaluation",
+    "list_detectors": "detdistill.detectors",
+    "list_methods": "detdistill.distill",
+    "list_recipes": "detdistill.recipes",
+    "load_detector": "detdistill.detectors",
+    "save_detector": "detdistill.detectors",
+}
+
+if TYPE_CHECKING:
+    from detdistill.detectors import (
+        create_detector,
+        list_detectors,
+        load_detector,
+        save_detector,
+    )
+    from detdistill.distill import PKD, CrossKD, Distiller, create_method, list_methods
+    from detdistill.errors import UserError
+    from detdistill.evaluation import evaluate
+    from detdistill.recipes import list_recipes
+    from detdistill.structures import Batch, Detections
+
+__all__ = [
+    "PKD",
+    "Batch",
+    "CrossKD",
+    "Detections",
+    "Distiller",
+    "UserError",
+    "__version__",
+    "create_detector",
+    "create_method",
+    "evaluate",
+    "list_detectors",
+    "list_methods",
+    "list_recipes",
+    "load_detector",
+    "save_detector",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOMES[name]), name)

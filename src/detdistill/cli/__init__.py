@@ -1,0 +1,82 @@
+"""The command line: `detdistill --help`.
+
+Nothing here imports torch before a command needs it, so that help answers at once.
+"""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from typing import Any
+
+import typer
+from typer.core import TyperGroup
+
+from detdistill.cli import checks, studies, training, using
+from detdistill.errors import UserError
+
+
+class _Commands(TyperGroup):
+    """Turns bad input into one sentence and Ctrl+C into a way to go on."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Runs the command; exit code 2 for bad input, 130 when interrupted."""
+        try:
+            return super().invoke(ctx)
+        except UserError as error:
+            if checks.is_first_here():
+                typer.echo(f"detdistill: {error}", err=True)
+            raise typer.Exit(2) from None
+        except KeyboardInterrupt:
+            typer.echo(f"\ndetdistill: {_how_to_continue(ctx.obj or [])}", err=True)
+            raise typer.Exit(130) from None
+
+
+def _how_to_continue(arguments: list[str]) -> str:
+    """What to tell a user who stopped the command with these arguments."""
+    command = shlex.join(["detdistill", *arguments])
+    if arguments[:1] in (["train"], ["distill"]):
+        again = command if "--resume" in arguments else f"{command} --resume"
+        return f"stopped; this goes on from the last checkpoint: {again}"
+    if arguments[:1] in (["compare"], ["demo"]):
+        return f"stopped; the same command goes on where it was: {command}"
+    return "stopped"
+
+
+def _group(text: str | None = None) -> typer.Typer:
+    # Plain help: importing rich would double the time that --help takes.
+    return typer.Typer(
+        help=text, no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False
+    )
+
+
+app = typer.Typer(
+    help="Distil object detectors and measure what it gained.",
+    cls=_Commands,
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.command("demo")(studies.demo)
+app.command("train")(training.train)
+app.command("distill")(training.distill)
+app.command("compare")(studies.compare)
+app.command("eval")(using.evaluate)
+app.command("predict")(using.predict)
+app.command("list")(using.list_names)
+_recipes = _group("Work with the bundled recipes.")
+_recipes.command("copy")(using.copy_recipe)
+_recipes.callback()(lambda: None)  # keeps `copy` a command of its own although it is the only one
+app.add_typer(_recipes, name="recipe")
+_data = _group("Make data sets.")
+_data.command("builtin")(using.builtin_data)
+_data.callback()(lambda: None)
+app.add_typer(_data, name="data")
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Runs the command line and exits; `argv` without the program's name."""
+    arguments = sys.argv[1:] if argv is None else argv
+    app(args=arguments, prog_name="detdistill", obj=arguments)

@@ -1,0 +1,5 @@
+"""`python -m detdistill.cli` is `detdistill`."""
+
+from detdistill.cli import main
+
+main()

@@ -1,0 +1,139 @@
+"""What the command line refuses, before anything is written."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from detdistill.errors import UserError
+
+if TYPE_CHECKING:
+    from detdistill.recipe import Recipe
+
+
+def recipe_values(recipe: str | None) -> dict[str, Any]:
+    """The plain values of a recipe file or of a bundled recipe; empty without one."""
+    from detdistill.recipe import read_yaml
+    from detdistill.recipes import recipe_path
+
+    if recipe is None:
+        return {}
+    path = Path(recipe)
+    if not path.is_file() and path.suffix not in (".yaml", ".yml"):
+        path = recipe_path(recipe)
+    return read_yaml(path)
+
+
+def training_recipe(
+    values: dict[str, Any],
+    recipe: str | None,
+    given: Mapping[str, Any],
+    assignments: list[str] | None,
+) -> Recipe:
+    """`resolve_recipe` for commands that train: there must be data."""
+    from detdistill.recipe import resolve_recipe
+
+    settings = resolve_recipe(values, recipe or "command line", given, assignments or [])
+    if settings.data is None and settings.train_annotations is None:
+        raise UserError(
+            "no data was given: add --data FOLDER, a COCO folder with images/ and "
+            "annotations/train.json (`detdistill data builtin --out FOLDER` makes one)"
+        )
+    return settings
+
+
+def is_first_process() -> bool:
+    """Whether this is the process that speaks: further ones are started with their rank set."""
+    names = ("RANK", "LOCAL_RANK", "NODE_RANK", "GROUP_RANK")
+    return all(os.environ.get(name, "0") in ("", "0") for name in names)
+
+
+def is_first_here() -> bool:
+    """Whether this is the first process of its machine, which tells what is wrong there."""
+    return os.environ.get("LOCAL_RANK", "0") in ("", "0")
+
+
+def check_folder(out: Path) -> None:
+    """Refuses a folder that cannot be made or written; nothing is made here."""
+    place = out
+    try:
+        while not place.exists() and place != place.parent:
+            place = place.parent
+        writable = os.access(place, os.W_OK | os.X_OK)
+    except OSError as error:
+        raise UserError(f"--out {out}: {error.strerror}; choose another --out") from None
+    if not place.is_dir():
+        raise UserError(f"--out {out}: {place} is a file, not a folder; choose another --out")
+    if not writable:
+        raise UserError(f"--out {out}: {place} cannot be written; choose another --out")
+
+
+def make_folder(folder: Path) -> None:
+    """Makes an output folder with its parents."""
+    check_folder(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--out {folder}: {error.strerror}; choose another --out") from None
+
+
+def check_detector(name: str) -> None:
+    """Refuses an unknown detector with the nearest name."""
+    from detdistill.detectors.factory import split_name
+
+    split_name(name, {})
+
+
+def is_detector(name: str) -> bool:
+    """Whether `create_detector` knows the name."""
+    try:
+        check_detector(name)
+    except UserError:
+        return False
+    return True
+
+
+def check_student(settings: Recipe) -> None:
+    """Refuses a recipe without a student of its own."""
+    if "student" not in settings.model_fields_set:
+        raise UserError("no student was given: add --student NAME, e.g. --student gfl_r18")
+
+
+def check_teacher(teacher: str, student: str, out: Path) -> None:
+    """Refuses weights that are missing or that are the student's own.
+
+    `teacher` is a run folder, a weights file, or `NAME=FILE` for weights of other frameworks.
+    """
+    from detdistill.recipe import split_teacher
+
+    path = split_teacher(teacher)[1]
+    if not path.exists():
+        raise UserError(_missing_teacher(teacher))
+    if Path(student).exists() and path.samefile(student):
+        raise UserError(
+            f"--teacher and --student are both {teacher}: the student is a detector's name, "
+            "e.g. gfl_r18, which starts from scratch"
+        )
+    if out.exists() and (out.samefile(path) or out.samefile(path.parent)):
+        raise UserError(f"--out {out} is the teacher's own folder: choose another --out")
+
+
+def _missing_teacher(teacher: str) -> str:
+    if is_detector(teacher):
+        return (
+            f"--teacher {teacher}: a detector's name, but trained weights are needed; train it "
+            f"first: detdistill train --detector {teacher} --data FOLDER --out runs/teacher"
+        )
+    return f"--teacher {teacher}: no such run folder or weights file"
+
+
+def parse_methods(text: str, configured: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """`crosskd+pkd` to methods with the options that a recipe has for them."""
+    from detdistill.distill import METHODS
+
+    names = [name.strip() for name in text.split("+")]
+    for name in names:
+        METHODS.get(name)  # answers an unknown name with the nearest
+    return {name: dict(configured.get(name) or {}) for name in names}

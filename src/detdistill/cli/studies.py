@@ -1,0 +1,152 @@
+"""`compare` and `demo`: the same student with and without distillation, over seeds."""
+
+from __future__ import annotations
+
+import shlex
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from detdistill.cli import checks
+from detdistill.cli.options import (
+    Assignments,
+    Data,
+    Devices,
+    Methods,
+    Out,
+    RecipeFile,
+    Seeds,
+    Strict,
+    Student,
+    TeacherEpochs,
+    TeacherToTrain,
+)
+from detdistill.cli.using import write_builtin_data
+from detdistill.errors import UserError
+
+if TYPE_CHECKING:
+    from detdistill.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class BuiltinStudy:
+    """A study on built-in data: recipe, images per split, seeds, the teacher's own epochs."""
+
+    recipe: str
+    images: dict[str, int]
+    seeds: list[int]
+    teacher_epochs: int | None = None
+
+
+QUICK = BuiltinStudy("demo_quick", {"train": 24, "val": 8, "test": 8, "size": 96}, [0])
+DEMO = BuiltinStudy("demo", {"train": 2000, "val": 200, "test": 500, "size": 128}, [0], 6)
+FULL = BuiltinStudy("builtin", {"train": 2000, "val": 300, "test": 1000, "size": 128}, [0, 1, 2])
+
+
+def demo(
+    out: Annotated[
+        Path, typer.Option("--out", metavar="FOLDER", help="Data, runs and report go here.")
+    ] = Path("demo"),
+    quick: Annotated[
+        bool, typer.Option("--quick", help="One minute, to see that all works; no real numbers.")
+    ] = False,
+    full: Annotated[
+        bool, typer.Option("--full", help="The study of docs/results.md: three seeds, hours.")
+    ] = False,
+    assignments: Assignments = None,
+) -> None:
+    """Compare a student with and without distillation on built-in data."""
+    checks.check_folder(out)
+    plan = QUICK if quick else FULL if full else DEMO
+    data, study = out / "data", out / "study"
+    values = checks.recipe_values(plan.recipe)
+    settings = checks.training_recipe(values, plan.recipe, {"data": str(data)}, assignments)
+    _check_study(settings, out)
+    if checks.is_first_process():
+        typer.echo(f"built-in data: {data}")
+        write_builtin_data(data, plan.images, seed=0)
+    # Beside the data, not around it: the folder of a study holds nothing else.
+    _compare(settings, study, ["+".join(settings.methods)], plan.seeds, plan.teacher_epochs)
+    _say_next(
+        "for your own data: detdistill train --detector gfl_r50 --data FOLDER --out runs/teacher"
+    )
+
+
+def compare(
+    out: Out,
+    teacher: TeacherToTrain = None,
+    student: Student = None,
+    methods: Methods = None,
+    seeds: Seeds = "0,1,2",
+    teacher_epochs: TeacherEpochs = None,
+    data: Data = None,
+    recipe: RecipeFile = None,
+    assignments: Assignments = None,
+    strict: Strict = False,
+    devices: Devices = None,
+) -> None:
+    """Measure what distillation gains.
+
+    The same command, given again, goes on where it stopped.
+    """
+    checks.check_folder(out)
+    values = checks.recipe_values(recipe)
+    if teacher is not None and not checks.is_detector(teacher):
+        values["teacher_options"] = {}  # those of a teacher that the recipe would train
+    given = {"teacher": teacher, "student": student, "data": data, "devices": devices}
+    given["strict"] = strict or None
+    settings = checks.training_recipe(values, recipe, given, assignments)
+    checks.check_student(settings)
+    names = _split(methods) if methods else ["+".join(settings.methods)]
+    if not all(names):
+        raise UserError("no method was given: add --methods NAMES, e.g. --methods crosskd")
+    _check_study(settings, out)
+    _compare(settings, out, names, _parse_seeds(seeds), teacher_epochs)
+    _say_next(f"open {shlex.quote(str(out / 'report.html'))} in a browser")
+
+
+def _split(text: str) -> list[str]:
+    return [part.strip() for part in text.split(",")]
+
+
+def _parse_seeds(text: str) -> list[int]:
+    try:
+        seeds = [int(part) for part in _split(text)]
+    except ValueError:
+        raise UserError(f"--seeds {text}: expected whole numbers, e.g. --seeds 0,1,2") from None
+    if len(set(seeds)) < len(seeds) or min(seeds) < 0 or max(seeds) >= 2**63:
+        raise UserError(
+            f"--seeds {text}: expected different numbers from 0 to 2^63 - 1, e.g. --seeds 0,1,2"
+        )
+    return seeds
+
+
+def _check_study(settings: Recipe, out: Path) -> None:
+    if settings.teacher is None:
+        raise UserError("no teacher was given: add --teacher RUN_OR_FILE, or a detector's name")
+    if Path(settings.teacher).exists() or not checks.is_detector(settings.teacher):
+        checks.check_teacher(settings.teacher, settings.student, out)
+    checks.check_detector(settings.student)
+
+
+def _compare(
+    settings: Recipe, out: Path, methods: list[str], seeds: list[int], teacher_epochs: int | None
+) -> None:
+    assert settings.teacher is not None  # _check_study
+    from detdistill.study.compare import compare as run_study
+
+    run_study(
+        settings,
+        out,
+        teacher=settings.teacher,
+        methods=methods,
+        seeds=seeds,
+        teacher_epochs=teacher_epochs,
+    )
+
+
+def _say_next(command: str) -> None:
+    if checks.is_first_process():
+        typer.echo(f"Next: {command}")

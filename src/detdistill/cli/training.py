@@ -1,0 +1,125 @@
+"""`train` and `distill`: one run each."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+from detdistill.cli import checks
+from detdistill.cli.options import (
+    Assignments,
+    Data,
+    Detector,
+    Devices,
+    Method,
+    Nodes,
+    Out,
+    RecipeFile,
+    Resume,
+    Seed,
+    Strict,
+    Student,
+    Teacher,
+)
+from detdistill.errors import UserError
+
+if TYPE_CHECKING:
+    from detdistill.recipe import Recipe
+
+
+def train(
+    out: Out,
+    detector: Detector = None,
+    data: Data = None,
+    recipe: RecipeFile = None,
+    assignments: Assignments = None,
+    strict: Strict = False,
+    resume: Resume = False,
+    devices: Devices = None,
+    nodes: Nodes = None,
+    seed: Seed = None,
+) -> None:
+    """Train one detector, a teacher for instance."""
+    checks.check_folder(out)
+    values = checks.recipe_values(recipe)
+    name = detector or values.get("student")
+    if name is None:
+        raise UserError("no detector was given: add --detector NAME, e.g. --detector gfl_r18")
+    given = {"data": data, "devices": devices, "nodes": nodes, "seed": seed}
+    given["strict"] = strict or None
+    settings = checks.training_recipe(_alone(values, name), recipe, given, assignments)
+    if settings.methods:
+        raise UserError("`train` has no teacher; use `detdistill distill` for methods")
+    _run(settings, out, resume)
+    _say_next(
+        f"detdistill distill --teacher {shlex.quote(str(out))} --student gfl_r18 --method crosskd"
+        f"{_data_of(settings)} --out runs/distilled"
+    )
+
+
+def _alone(values: dict[str, Any], name: str) -> dict[str, Any]:
+    """Of a recipe that describes a pair what is needed to train one of the two."""
+    side = "teacher_options" if name == values.get("teacher") else "student_options"
+    changes = {"student": name, "student_options": values.get(side, {})}
+    return values | changes | {"teacher": None, "teacher_options": {}, "methods": {}}
+
+
+def distill(
+    out: Out,
+    teacher: Teacher = None,
+    student: Student = None,
+    method: Method = None,
+    data: Data = None,
+    recipe: RecipeFile = None,
+    assignments: Assignments = None,
+    strict: Strict = False,
+    resume: Resume = False,
+    devices: Devices = None,
+    nodes: Nodes = None,
+    seed: Seed = None,
+) -> None:
+    """Train a student with a trained teacher."""
+    checks.check_folder(out)
+    values = checks.recipe_values(recipe)
+    if teacher is not None:
+        values["teacher_options"] = {}  # those of the recipe's own teacher
+    given: dict[str, Any] = {"teacher": teacher, "student": student, "data": data, "seed": seed}
+    given |= {"strict": strict or None, "devices": devices, "nodes": nodes}
+    given["methods"] = _methods(method, values)
+    settings = checks.training_recipe(values, recipe, given, assignments)
+    if settings.teacher is None:
+        raise UserError("no teacher was given: add --teacher RUN_OR_FILE, e.g. runs/teacher")
+    if not settings.methods:
+        raise UserError("no method was given: add --method NAME, e.g. --method crosskd")
+    checks.check_student(settings)
+    checks.check_teacher(settings.teacher, settings.student, out)
+    _run(settings, out, resume)
+    weights = shlex.quote(str(out / "model.safetensors"))
+    _say_next(f"detdistill eval --weights {weights}{_data_of(settings)} --split test")
+
+
+def _methods(method: str | None, values: dict[str, Any]) -> dict[str, dict[str, Any]] | None:
+    return None if method is None else checks.parse_methods(method, values.get("methods", {}))
+
+
+def _run(settings: Recipe, out: Path, resume: bool) -> None:
+    """Trains, and says what came of it."""
+    from detdistill.engine.train import train as train_run
+
+    result = train_run(settings, out, resume=resume)
+    if not checks.is_first_process():
+        return
+    best = "" if result.best_ap is None else f", best AP on val {100 * result.best_ap:.1f}"
+    typer.echo(f"{out}: {result.steps} steps in {result.seconds:.0f} s{best}")
+
+
+def _data_of(settings: Recipe) -> str:
+    return "" if settings.data is None else f" --data {shlex.quote(settings.data)}"
+
+
+def _say_next(command: str) -> None:
+    if checks.is_first_process():
+        typer.echo(f"Next: {command}")

@@ -1,0 +1,220 @@
+"""Commands that use what was trained, and the small ones: eval, predict, list, recipe, data."""
+
+from __future__ import annotations
+
+import shlex
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from detdistill.cli import checks
+from detdistill.cli.options import Assignments, Data, RecipeFile, Strict
+from detdistill.errors import UserError
+
+if TYPE_CHECKING:
+    from detdistill.detectors import DenseDetector
+    from detdistill.recipe import Recipe
+
+Weights = Annotated[
+    Path, typer.Option("--weights", metavar="FILE", help="Weights file, or a run folder.")
+]
+DetectorName = Annotated[
+    str | None,
+    typer.Option("--detector", metavar="NAME", help="Only for weights of other frameworks."),
+]
+FAULTS_SHOWN = 50
+
+
+class Kind(StrEnum):
+    """What `list` lists."""
+
+    detectors = "detectors"
+    methods = "methods"
+    recipes = "recipes"
+
+
+def evaluate(
+    weights: Weights,
+    detector: DetectorName = None,
+    data: Data = None,
+    split: Annotated[
+        Literal["train", "val", "test"], typer.Option(help="Which annotations to use.")
+    ] = "test",
+    recipe: RecipeFile = None,
+    assignments: Assignments = None,
+    strict: Strict = False,
+) -> None:
+    """Print the 12 COCO numbers, and AP per class."""
+    from detdistill.recipe import resolve_recipe
+
+    given = {"data": data, "strict": strict or None}
+    values = checks.recipe_values(recipe)
+    settings = resolve_recipe(values, recipe or "command line", given, assignments or [])
+    if settings.data is None and getattr(settings, f"{split}_annotations") is None:
+        raise UserError("no data was given: add --data FOLDER, a COCO folder")
+    from detdistill.cli.tables import print_metrics
+    from detdistill.data import open_dataset
+    from detdistill.evaluation.run import evaluate_dataset
+
+    model = _load(weights, detector)
+    dataset = open_dataset(settings, split)
+    _show_faults(f"{dataset.source}", dataset.faults)
+    settings = _at_input_size(settings, model)
+    with _progress() as progress:
+        task = progress.add_task(f"{split} images", total=len(dataset.records))
+        metrics = evaluate_dataset(
+            model, dataset, settings, model.pixel_mean.device, lambda n: progress.advance(task, n)
+        )
+    print_metrics(metrics.numbers, metrics.per_class)
+    if metrics.numbers["AP"] < 0:
+        typer.echo(f"{dataset.source} holds no boxes, so there is nothing to measure.")
+    typer.echo(
+        f"Next: detdistill predict --weights {shlex.quote(str(weights))} IMAGES --out FOLDER"
+    )
+
+
+def _show_faults(source: str, faults: list[str]) -> None:
+    for fault in faults[:FAULTS_SHOWN]:
+        typer.echo(f"{source}: {fault}", err=True)
+    if len(faults) > FAULTS_SHOWN:
+        typer.echo(f"{source}: and {len(faults) - FAULTS_SHOWN} more faults", err=True)
+
+
+def _at_input_size(settings: Recipe, model: DenseDetector) -> Recipe:
+    """The sizes that the recipe gives, else the detector's own, else the recipe's defaults."""
+    if model.input_size is not None:
+        short, long = model.input_size
+        own = {"resize_short": [short], "resize_long": long}
+        changes = {key: own[key] for key in own.keys() - settings.model_fields_set}
+        return settings.model_copy(update=changes)
+    typer.echo(
+        f"the weights do not say their input size; used: resize_short={settings.resize_short}, "
+        f"resize_long={settings.resize_long} (others by --recipe, or --set resize_short=[800])",
+        err=True,
+    )
+    return settings
+
+
+def predict(
+    images: Annotated[list[Path], typer.Argument(metavar="IMAGES...", help="Image files.")],
+    weights: Weights,
+    out: Annotated[Path, typer.Option("--out", metavar="FOLDER", help="Folder to write.")],
+    detector: DetectorName = None,
+    score: Annotated[float, typer.Option(min=0, max=1, help="Draw boxes from here on.")] = 0.3,
+) -> None:
+    """Write predictions.json and a drawn picture per image."""
+    checks.check_folder(out)
+    if (out / "predictions.json").exists():
+        raise UserError(f"{out}: already holds predictions.json; choose another --out")
+    from detdistill.cli.predictions import write_predictions
+
+    with _progress() as progress:
+        task = progress.add_task("images", total=len(images))
+        model = _load(weights, detector)
+        count = write_predictions(model, images, out, score, lambda: progress.advance(task))
+    typer.echo(f"{out / 'predictions.json'}: {count} boxes in {len(images)} images")
+    typer.echo(f"Next: open the pictures in {out}; --score moves the limit from which they show")
+
+
+def list_names(
+    kind: Annotated[Kind, typer.Argument(help="What to list.")],
+    pattern: Annotated[str, typer.Argument(help="For instance 'gfl*'.")] = "*",
+) -> None:
+    """List detectors, methods or recipes."""
+    names, following = _names(kind, pattern)
+    if not names:
+        raise UserError(f"no name among the {kind.value} matches {pattern!r}")
+    for name in names:
+        typer.echo(name)
+    # Not on stdout, which is a plain list for other programs.
+    typer.echo(f"Next: {following}", err=True)
+
+
+def _names(kind: Kind, pattern: str) -> tuple[list[str], str]:
+    if kind is Kind.recipes:
+        from detdistill.recipes import list_recipes
+
+        return list_recipes(pattern), "detdistill recipe copy NAME"
+    if kind is Kind.methods:
+        from fnmatch import filter as matching
+
+        from detdistill.distill import list_methods
+
+        return matching(list_methods(), pattern), (
+            "detdistill distill --teacher RUN --student NAME --method NAME --data FOLDER --out RUN"
+        )
+    from detdistill.detectors import list_detectors
+
+    return list_detectors(pattern), "detdistill train --detector NAME --data FOLDER --out RUN"
+
+
+def copy_recipe(
+    name: Annotated[str, typer.Argument(help="See `list recipes`.")],
+    out: Annotated[
+        Path | None, typer.Option("--out", metavar="FILE", help="NAME.yaml if not given.")
+    ] = None,
+) -> None:
+    """Copy a bundled recipe, to change it."""
+    from detdistill.recipes import recipe_path
+
+    source = recipe_path(name)
+    target = Path(source.name) if out is None else out
+    if target.exists():
+        raise UserError(f"{target}: already exists; choose another --out")
+    checks.make_folder(target.parent)
+    text = source.read_text(encoding="utf-8")
+    from detdistill.engine.checkpoint import write_text
+
+    write_text(target, text)
+    command = text.partition("\n")[0].removeprefix("# ")
+    typer.echo(f"wrote {target}")
+    typer.echo(f"Next: {command.replace(f'--recipe {name}', f'--recipe {target}')}")
+
+
+def builtin_data(
+    out: Annotated[Path, typer.Option("--out", metavar="FOLDER", help="New folder to write.")],
+    train: Annotated[int, typer.Option(help="Training images.")] = 2000,
+    val: Annotated[int, typer.Option(help="Validation images.")] = 400,
+    test: Annotated[int, typer.Option(help="Test images.")] = 1000,
+    size: Annotated[int, typer.Option(help="Height and width, pixels.")] = 192,
+    seed: Annotated[int, typer.Option(help="Another seed, other images.")] = 0,
+) -> None:
+    """Generate the built-in data set, a COCO folder; needs no download."""
+    checks.check_folder(out)
+    write_builtin_data(out, {"train": train, "val": val, "test": test, "size": size}, seed)
+    typer.echo(f"{out}: {train} training, {val} validation and {test} test images")
+    folder = shlex.quote(str(out))
+    typer.echo(f"Next: detdistill train --detector gfl_r18 --data {folder} --out runs/gfl_r18")
+
+
+def write_builtin_data(folder: Path, sizes: dict[str, int], seed: int) -> None:
+    """Generates a data set with a progress bar; one that is there already is left alone."""
+    from detdistill.data import generate_dataset
+
+    counts = {split: sizes[split] for split in ("train", "val", "test")}
+    with _progress() as progress:
+        task = progress.add_task("generated images", total=sum(counts.values()))
+        generate_dataset(
+            folder,
+            seed=seed,
+            size=sizes["size"],
+            progress=lambda done, _: progress.update(task, completed=done),
+            **counts,
+        )
+
+
+def _load(weights: Path, detector: str | None) -> DenseDetector:
+    import torch
+
+    from detdistill.detectors import load_detector
+
+    model = load_detector(weights) if detector is None else load_detector(detector, weights)
+    return model.to("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _progress() -> Any:
+    from detdistill.cli.tables import progress_bar
+
+    return progress_bar()

@@ -1,0 +1,299 @@
+"""Batches: which images, in which order, prepared by worker processes that hold no state.
+
+A sample is keyed by (epoch, index) and draws from a generator made of (seed, epoch, index), so a
+batch depends on its step alone: not on the worker, nor on where a run was interrupted.
+"""
+
+from __future__ import annotations
+
+import math
+import multiprocessing
+import os
+import signal
+import threading
+import time
+from collections.abc import Generator, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from detdistill.boxes import keep_ratio_size
+from detdistill.data import transforms
+from detdistill.data.coco import DetectionDataset
+from detdistill.errors import UserError
+from detdistill.recipe import Recipe
+from detdistill.structures import Batch
+
+AUTO_CACHE_BYTES = 2 * 1024**3
+"""`cache: auto` holds the decoded images of a set in memory up to this, over all processes."""
+
+Key = tuple[int, int]  # (epoch, index)
+Arrays = list[NDArray[Any]]
+
+
+class TrainBatches:
+    """Endless training batches of one process, from any step on."""
+
+    def __init__(
+        self, dataset: DetectionDataset, recipe: Recipe, rank: int, world_size: int
+    ) -> None:
+        """See `make_train_batches`."""
+        self.batch_size = recipe.batch_size // recipe.accumulate
+        self.steps_per_epoch = math.ceil(len(dataset) / self.batch_size)
+        self._share = self.batch_size // world_size
+        self._rank = rank
+        self._recipe = recipe
+        self._wide = [record.width >= record.height for record in dataset.records]
+        self._samples = _TrainSamples(dataset, recipe)
+        self._plan = lru_cache(maxsize=1)(self._plan_epoch)
+
+    def __len__(self) -> int:
+        """Steps per epoch."""
+        return self.steps_per_epoch
+
+    def batches(self, first_step: int) -> Generator[Batch, None, None]:
+        """Endless batches from a global step on; closing the iterator ends its workers."""
+        return _load(self._samples, _KeyBatches(self, first_step), self._recipe)
+
+    def keys(self, step: int) -> list[Key]:
+        """This process's slice of the batch of a step."""
+        epoch, place = divmod(step, self.steps_per_epoch)
+        indices = self._plan(epoch)[place]
+        start = self._rank * self._share
+        return [(epoch, index) for index in indices[start : start + self._share]]
+
+    def _plan_epoch(self, epoch: int) -> list[list[int]]:
+        """All batches of an epoch, for all processes together."""
+        generator = transforms.sample_generator(self._recipe.seed, epoch, -1)
+        order = torch.randperm(len(self._wide), generator=generator).tolist()
+        batches: list[list[int]] = []
+        groups: dict[bool, list[int]] = {True: [], False: []}
+        for index in order:
+            group = groups[self._wide[index] or not self._recipe.group_by_aspect]
+            group.append(index)
+            if len(group) == self.batch_size:
+                batches.append(group.copy())
+                group.clear()
+        rest = groups[True] + groups[False]
+        batches += [rest[i : i + self.batch_size] for i in range(0, len(rest), self.batch_size)]
+        # The last batch is filled up from the epoch's beginning: every step has the same size.
+        missing = self.batch_size - len(batches[-1])
+        batches[-1] += [order[i % len(order)] for i in range(missing)]
+        return batches
+
+
+class EvalBatches:
+    """Every image once, without augmentation, images of like size together."""
+
+    def __init__(self, dataset: DetectionDataset, recipe: Recipe) -> None:
+        """See `make_eval_batches`."""
+        self._recipe = recipe
+        short, long = transforms.eval_size(recipe)
+        sizes = [keep_ratio_size((r.height, r.width), short, long) for r in dataset.records]
+        order = sorted(range(len(sizes)), key=lambda index: (sizes[index], index))
+        step = recipe.eval_batch
+        self._indices = [order[i : i + step] for i in range(0, len(order), step)]
+        self._samples = _EvalSamples(dataset, sizes)
+
+    def __len__(self) -> int:
+        """The number of batches."""
+        return len(self._indices)
+
+    def __iter__(self) -> Iterator[tuple[Batch, list[int]]]:
+        """Batches without targets, each with the indices of its images in the data set."""
+        keys = [[(0, index) for index in indices] for indices in self._indices]
+        yield from zip(_load(self._samples, keys, self._recipe), self._indices, strict=True)
+
+
+def make_train_batches(
+    dataset: DetectionDataset,
+    recipe: Recipe,
+    *,
+    rank: int = 0,
+    world_size: int = 1,
+) -> TrainBatches:
+    """Training batches of one process.
+
+    A step is a micro step: all processes together see `batch_size / accumulate` images in it.
+    Small sets are decoded here, once, before workers are forked, which then share the memory.
+
+    Args:
+        dataset: the training split.
+        recipe: sizes, augmentation, seed, workers, cache.
+        rank: this process.
+        world_size: number of processes; it divides the batch.
+    """
+    if (recipe.batch_size // recipe.accumulate) % world_size:
+        raise UserError(
+            f"batch_size {recipe.batch_size} cannot be shared by {world_size} processes and "
+            f"accumulate {recipe.accumulate}; make it a multiple of both together"
+        )
+    return TrainBatches(dataset, recipe, rank, world_size)
+
+
+def make_eval_batches(dataset: DetectionDataset, recipe: Recipe) -> EvalBatches:
+    """Batches for evaluation, with the indices of their images in the data set."""
+    return EvalBatches(dataset, recipe)
+
+
+class _KeyBatches:
+    """The endless batch sampler of a `DataLoader`."""
+
+    def __init__(self, source: TrainBatches, first_step: int) -> None:
+        self._source = source
+        self._first_step = first_step
+
+    def __iter__(self) -> Iterator[list[Key]]:
+        step = self._first_step
+        while True:
+            yield self._source.keys(step)
+            step += 1
+
+
+@dataclass(frozen=True)
+class _Packed:
+    """A batch on its way out of a worker.
+
+    NumPy arrays travel through the pipe. Tensors would take a file descriptor each and room in
+    /dev/shm, and a run would die of a low `ulimit -n` or of a container's 64 MB.
+    """
+
+    images: NDArray[np.uint8]
+    sizes: list[tuple[int, int]]
+    boxes: Arrays
+    labels: Arrays
+    image_ids: list[int]
+
+    def batch(self) -> Batch:
+        targets = [
+            {"boxes": torch.from_numpy(boxes), "labels": torch.from_numpy(labels)}
+            for boxes, labels in zip(self.boxes, self.labels, strict=True)
+        ]
+        return Batch(torch.from_numpy(self.images), self.sizes, targets, self.image_ids)
+
+    def pin_memory(self) -> Batch:
+        """Called by `DataLoader`."""
+        return self.batch().pin_memory()
+
+
+class _Samples(Dataset[Any]):
+    """Prepares whole batches; `DataLoader` calls it in the workers."""
+
+    def __init__(self, dataset: DetectionDataset) -> None:
+        self.dataset = dataset
+
+    def __getitems__(self, keys: list[Key]) -> _Packed | UserError:
+        try:
+            return self.pack(keys)
+        except UserError as error:  # raised again by `_load`: the loader would add a traceback
+            return error
+
+    def pack(self, keys: list[Key]) -> _Packed:
+        raise NotImplementedError
+
+    def packed(
+        self, keys: list[Key], images: list[Tensor], boxes: Arrays, labels: Arrays
+    ) -> _Packed:
+        return _Packed(
+            transforms.pad_images(images).numpy(),
+            [(image.shape[1], image.shape[2]) for image in images],
+            boxes,
+            labels,
+            [self.dataset.records[index].image_id for _, index in keys],
+        )
+
+
+class _TrainSamples(_Samples):
+    def __init__(self, dataset: DetectionDataset, recipe: Recipe) -> None:
+        super().__init__(dataset)
+        self._recipe = recipe
+        self._decoded: Sequence[Tensor] | None = None
+        if _fits_in_memory(dataset, recipe):
+            with ThreadPoolExecutor(4) as pool:
+                self._decoded = list(pool.map(dataset.read, range(len(dataset))))
+
+    def pack(self, keys: list[Key]) -> _Packed:
+        images: list[Tensor] = []
+        boxes: Arrays = []
+        labels: Arrays = []
+        for epoch, index in keys:
+            image, image_boxes, image_labels = self._sample(epoch, index)
+            images.append(image)
+            boxes.append(image_boxes.numpy())
+            labels.append(image_labels.numpy())
+        return self.packed(keys, images, boxes, labels)
+
+    def _sample(self, epoch: int, index: int) -> tuple[Tensor, Tensor, Tensor]:
+        record = self.dataset.records[index]
+        image = self.dataset.read(index) if self._decoded is None else self._decoded[index]
+        generator = transforms.sample_generator(self._recipe.seed, epoch, index)
+        transform = transforms.draw(self._recipe, record.height, record.width, generator)
+        objects = ~record.crowd  # a crowd region is no object to learn
+        boxes, labels = record.boxes_xyxy[objects], record.labels[objects]
+        return transforms.apply(transform, image, boxes, labels)
+
+
+class _EvalSamples(_Samples):
+    def __init__(self, dataset: DetectionDataset, sizes: list[tuple[int, int]]) -> None:
+        super().__init__(dataset)
+        self._sizes = sizes
+
+    def pack(self, keys: list[Key]) -> _Packed:
+        images = [
+            transforms.resize(self.dataset.read(index), *self._sizes[index]) for _, index in keys
+        ]
+        return self.packed(keys, images, [], [])
+
+
+def _fits_in_memory(dataset: DetectionDataset, recipe: Recipe) -> bool:
+    if recipe.cache != "auto":
+        return recipe.cache == "memory"
+    needed = sum(3 * record.height * record.width for record in dataset.records)
+    return needed * recipe.devices <= AUTO_CACHE_BYTES  # each process holds its own
+
+
+def _load(samples: _Samples, keys: Any, recipe: Recipe) -> Generator[Batch, None, None]:
+    loader: DataLoader[Any] = DataLoader(
+        samples,
+        batch_sampler=keys,
+        collate_fn=_identity,
+        num_workers=recipe.workers,
+        worker_init_fn=_start_worker,
+        pin_memory=recipe.accelerator != "cpu" and torch.cuda.is_available(),
+        # Its own generator: the default would draw from the global one and shift the run's.
+        generator=torch.Generator(),
+    )
+    for packed in loader:
+        if isinstance(packed, UserError):
+            raise packed
+        yield packed if isinstance(packed, Batch) else packed.batch()
+
+
+def _identity(packed: Any) -> Any:
+    return packed
+
+
+def _start_worker(worker: int) -> None:
+    """Workers are the parallelism; Ctrl-C is the main process's to handle."""
+    torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """Ends this worker when its parent was killed.
+
+    The loader's own watch is not enough: a worker that writes a batch into a pipe that nobody
+    reads any more would wait for ever.
+    """
+    parent = multiprocessing.parent_process()
+    while parent is not None and os.getppid() == parent.pid:
+        time.sleep(0.5)
+    os._exit(1)

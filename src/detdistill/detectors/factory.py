@@ -1,0 +1,71 @@
+"""From a name and keywords to a detector."""
+
+from __future__ import annotations
+
+from fnmatch import fnmatch
+from typing import Any
+
+import timm
+
+from detdistill.detectors import atss as atss  # each import files a family in the registry
+from detdistill.detectors import fcos as fcos
+from detdistill.detectors import gfl as gfl
+from detdistill.detectors import retinanet as retinanet
+from detdistill.detectors.dense import DenseDetector
+from detdistill.detectors.registry import BACKBONES, FAMILIES
+from detdistill.errors import UserError
+from detdistill.registry import checked_keywords, nearest
+
+GROUP_NORM = "_gn"
+
+
+def list_detectors(pattern: str = "*") -> list[str]:
+    """Names that `create_detector` takes, e.g. for the pattern "gfl*".
+
+    Beside these, any timm backbone with maps at strides 8, 16 and 32 joins by
+    `create_detector("gfl", ..., backbone="mobilenetv3_large_100")`.
+    """
+    names = [
+        f"{family}_{short}{norm}"
+        for family in FAMILIES.names()
+        for short in BACKBONES
+        for norm in ("", *getattr(FAMILIES.get(family), "suffixes", ()))
+    ]
+    return [name for name in names if fnmatch(name, pattern)]
+
+
+def create_detector(name: str, num_classes: int, **options: Any) -> DenseDetector:
+    """Builds a detector with fresh weights.
+
+    Args:
+        name: family and backbone, e.g. "gfl_r18" or "fcos_r50_caffe_gn" ("caffe": see `Backbone`;
+            "gn": `group_norm=True`); a family alone takes `backbone=`.
+        num_classes: K.
+        **options: the detector's own keywords (see its class); published values by default.
+
+    Raises:
+        UserError: for an unknown name or keyword, a value of the wrong type, a backbone without
+            the needed feature maps.
+    """
+    family, options = split_name(name, options)
+    keywords = checked_keywords(f"detector {family!r}", FAMILIES.get(family), options)
+    detector = FAMILIES.get(family)(num_classes, **keywords)
+    assert isinstance(detector, DenseDetector)
+    detector.name, detector.options = name, keywords
+    return detector
+
+
+def split_name(name: str, options: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+    """`"fcos_r18_gn"` to "fcos" and the options with `backbone="resnet18"`, `group_norm=True`."""
+    families = [f for f in FAMILIES.names() if name == f or name.startswith(f + "_")]
+    if not families:
+        raise UserError(f"unknown detector {name!r}; {nearest(name, list_detectors())}")
+    family = max(families, key=len)
+    short = name[len(family) + 1 :]
+    if not short:
+        return family, options
+    if short.endswith(GROUP_NORM):
+        short, options = short.removesuffix(GROUP_NORM), {"group_norm": True, **options}
+    if short not in BACKBONES and not timm.is_model(short):
+        raise UserError(f"unknown detector {name!r}; {nearest(name, list_detectors())}")
+    return family, {"backbone": BACKBONES.get(short, short), **options}

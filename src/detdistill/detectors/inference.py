@@ -1,0 +1,75 @@
+"""From the output of a dense head to final boxes, and from any image to its boxes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+from torchvision.ops import batched_nms
+from torchvision.transforms.v2 import functional as image_ops
+
+from detdistill.boxes import clip_xyxy, keep_ratio_size
+from detdistill.structures import Batch, DenseOutput, Detections, flatten_maps
+
+if TYPE_CHECKING:
+    from detdistill.detectors.dense import DenseDetector
+
+BEST_PER_LEVEL = 1000
+
+
+def detect_image(
+    detector: DenseDetector,
+    output: DenseOutput,
+    image: int,
+    size: tuple[int, int],
+    score_threshold: float,
+    max_detections: int,
+) -> Detections:
+    """What `DenseDetector.detect` says, for one image of the batch, (h, w) pixels large."""
+    found = output.predictions
+    qualities: Sequence[Tensor | None] = found.quality or [None] * len(found.logits)
+    boxes, scores, labels = [], [], []
+    for logits, encodings, quality, anchors in zip(
+        found.logits, found.boxes, qualities, output.anchors, strict=True
+    ):
+        level_scores = flatten_maps([logits[image, None]])[0].sigmoid()
+        rows, classes = (level_scores > score_threshold).nonzero(as_tuple=True)
+        kept, order = level_scores[rows, classes].sort(descending=True, stable=True)
+        kept, order = kept[:BEST_PER_LEVEL], order[:BEST_PER_LEVEL]
+        rows, classes = rows[order], classes[order]
+        if quality is not None:
+            kept = kept * quality[image].permute(1, 2, 0).flatten()[rows].float().sigmoid()
+        chosen = flatten_maps([encodings[image, None]])[0, rows]
+        boxes.append(clip_xyxy(detector.decode(chosen, anchors[rows]), size))
+        scores.append(kept)
+        labels.append(classes)
+    all_boxes, all_scores, all_labels = torch.cat(boxes), torch.cat(scores), torch.cat(labels)
+    # A box beyond the image has no area left; NMS would never suppress it.
+    visible = (all_boxes[:, 2:] > all_boxes[:, :2]).all(1)
+    all_boxes, all_scores, all_labels = (
+        part[visible] for part in (all_boxes, all_scores, all_labels)
+    )
+    keep = batched_nms(all_boxes, all_scores, all_labels, detector.nms_threshold)[:max_detections]
+    return Detections(all_boxes[keep], all_scores[keep], all_labels[keep])
+
+
+def predict_image(
+    detector: DenseDetector, image: Tensor, score_threshold: float, max_detections: int
+) -> Detections:
+    """What `DenseDetector.predict` says, for one image (3, h, w)."""
+    height, width = int(image.shape[-2]), int(image.shape[-1])
+    size = (height, width)
+    if detector.input_size is not None:
+        size = keep_ratio_size(size, *detector.input_size)
+        image = image_ops.resize(image, list(size), antialias=True)
+    pad = [-(-side // 32) * 32 - side for side in size]
+    padded = nn.functional.pad(image, (0, pad[1], 0, pad[0]))[None].to(detector.pixel_mean.device)
+    [found] = detector.detect(
+        detector(Batch(padded, [size])),
+        [size],
+        score_threshold=score_threshold,
+        max_detections=max_detections,
+    )
+    return found.scaled(width / size[1], height / size[0])

@@ -1,0 +1,17 @@
+"""Distillation: one method, one file, put together by the `Distiller`."""
+
+from detdistill.distill.crosskd import CrossKD
+from detdistill.distill.distiller import Distiller
+from detdistill.distill.method import METHODS, Method, Step, create_method, list_methods
+from detdistill.distill.pkd import PKD
+
+__all__ = [
+    "METHODS",
+    "PKD",
+    "CrossKD",
+    "Distiller",
+    "Method",
+    "Step",
+    "create_method",
+    "list_methods",
+]

@@ -1,0 +1,72 @@
+"""How unequal students and teachers are made to meet."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from detdistill.detectors.dense import DenseDetector
+from detdistill.errors import UserError
+
+EPSILON = 1e-6
+
+
+def channel_adapter(student_channels: int, teacher_channels: int) -> nn.Module:
+    """A trainable 1x1 convolution where the widths differ, nothing where they agree."""
+    if student_channels == teacher_channels:
+        return nn.Identity()
+    adapter = nn.Conv2d(student_channels, teacher_channels, 1)
+    nn.init.xavier_uniform_(adapter.weight)
+    nn.init.zeros_(adapter.bias)  # type: ignore[arg-type]
+    return adapter
+
+
+def match_levels(
+    student_strides: tuple[int, ...], teacher_strides: tuple[int, ...], method: str
+) -> list[int]:
+    """For each teacher level the student's level of the same stride.
+
+    Raises:
+        UserError: when the student has no level of a teacher's stride.
+    """
+    absent = [stride for stride in teacher_strides if stride not in student_strides]
+    if absent:
+        raise UserError(
+            f"{method}: the teacher's pyramid has levels at strides {list(teacher_strides)}, the "
+            f"student's at {list(student_strides)}; every teacher level needs a student level of "
+            f"its stride: choose a student or a teacher with the same levels"
+        )
+    return [student_strides.index(stride) for stride in teacher_strides]
+
+
+def check_same_classes(student: DenseDetector, teacher: DenseDetector, method: str) -> None:
+    """Refuses a pair whose classes differ in number, name or order."""
+    if student.num_classes != teacher.num_classes:
+        raise UserError(
+            f"{method}: the teacher {teacher.name} has {teacher.num_classes} classes, the student "
+            f"{student.name} {student.num_classes}; train a teacher on the student's classes"
+        )
+    if student.classes and teacher.classes and student.classes != teacher.classes:
+        i = next(i for i, c in enumerate(student.classes) if c != teacher.classes[i])
+        raise UserError(
+            f"{method}: class {i} is {teacher.classes[i]!r} for the teacher and "
+            f"{student.classes[i]!r} for the student; train a teacher on the student's classes, "
+            f"in the same order"
+        )
+
+
+def align_statistics(student: Tensor, teacher: Tensor) -> Tensor:
+    """Gives each channel of the student's map the teacher's mean and deviation over the batch.
+
+    Both are (B, C, H, W); statistics run in float32 over B, H and W with the unbiased deviation,
+    and the student's carry gradient, as published (CrossKD's code; not in the paper as far as is
+    known). A map of one element per channel has no deviation and passes unchanged.
+    """
+    if student.numel() == student.shape[1]:
+        return student
+    variance, mean = torch.var_mean(student.float(), (0, 2, 3), keepdim=True)
+    teacher_variance, teacher_mean = torch.var_mean(teacher.float(), (0, 2, 3), keepdim=True)
+    # A channel that is constant over the batch (dead) has no finite gradient of its deviation.
+    deviation = variance.clamp(min=EPSILON**2).sqrt()
+    scale = teacher_variance.sqrt() / (deviation + EPSILON)
+    return student * scale + (teacher_mean - mean * scale)

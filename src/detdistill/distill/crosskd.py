@@ -1,0 +1,239 @@
+"""CrossKD, cross-head knowledge distillation (Wang et al., arXiv 2306.11369, CVPR 2024).
+
+The student's tower maps at some depth go through the rest of the frozen teacher's head, and these
+cross-head predictions, not the student's own, mimic the teacher's. What the published code does
+beyond the paper (alignment, normalisers, weights of the boxes) is followed by default and said
+where it is done.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+import torch
+import torch.nn.functional as F
+from annotated_types import Gt
+from torch import Tensor, nn
+
+from detdistill.detectors.dense import DenseDetector
+from detdistill.detectors.stages import DenseHead
+from detdistill.distill.adapters import (
+    align_statistics,
+    channel_adapter,
+    check_same_classes,
+    match_levels,
+)
+from detdistill.distill.method import METHODS, Method, Step
+from detdistill.distill.published import LIKE, PUBLISHED, BoxLoss, Published
+from detdistill.errors import UserError
+from detdistill.parts.losses import (
+    distribution_kl,
+    giou_loss,
+    log_iou_loss,
+    mean_over_processes,
+    soft_target_focal_sum,
+)
+from detdistill.structures import Assignment, FlatPredictions
+
+DECODED_LOSSES = {"giou": giou_loss, "iou": log_iou_loss}
+
+
+@METHODS.register("crosskd")
+class CrossKD(Method):
+    """Cross-head distillation; without arguments as published for the teacher it meets.
+
+    Terms: `crosskd/cls`, BCE towards the teacher's scores modulated by the gap (quality focal
+    loss, exponent 1), `crosskd/box`, KL of the distance distributions (GFL), GIoU (RetinaNet,
+    ATSS) or -log IoU (FCOS) of the decoded boxes, each weighted by the teacher's best score, and
+    for ATSS `crosskd/quality`, BCE towards the teacher's centerness on the positives.
+
+    Args:
+        depth: teacher tower blocks that the student's map skips, 0 to the tower's depth.
+        student_depth: where the student's map is taken; the same, or the end of a shorter tower.
+        align: give the map the teacher's channel statistics first.
+        align_on: maps after their activation (as the published code runs) or before it (as it
+            reads; costs memory).
+        cls: distil the classification branch.
+        box: distil the box branch.
+        quality: distil the quality branch; None as published, where its tower is distilled.
+        cls_weight: factor of `crosskd/cls`.
+        box_weight: factor of `crosskd/box`.
+        quality_weight: factor of `crosskd/quality`; 1 where nothing is published.
+        box_loss: "kl" needs a teacher with distributions, "giou" and "iou" (-log IoU) fit any.
+        temperature: of the KL.
+    """
+
+    def __init__(
+        self,
+        *,
+        depth: int | None = None,
+        student_depth: int | None = None,
+        align: bool = True,
+        align_on: Literal["post_act", "pre_act"] = "post_act",
+        cls: bool = True,
+        box: bool = True,
+        quality: bool | None = None,
+        cls_weight: float | None = None,
+        box_weight: float | None = None,
+        quality_weight: float | None = None,
+        box_loss: BoxLoss | None = None,
+        temperature: Annotated[float, Gt(0)] = 1.0,
+    ) -> None:
+        """None means the published value for the teacher's family."""
+        super().__init__()
+        if not cls and not box and not quality:
+            raise UserError("crosskd with cls=False and box=False distils nothing; keep one branch")
+        if align_on not in ("post_act", "pre_act"):
+            raise UserError(f"crosskd: align_on is {align_on!r}; expected 'post_act' or 'pre_act'")
+        self.depth, self.student_depth = depth, student_depth
+        self.align, self.temperature = align, temperature
+        self.wanted = {"cls": cls, "box": box, "quality": quality}
+        self.given_weights = {"cls": cls_weight, "box": box_weight, "quality": quality_weight}
+        self.box_loss = box_loss
+        self.keep_pre_activation = align_on == "pre_act"
+        self.adapters = nn.ModuleDict()
+
+    def prepare(self, student: DenseDetector, teacher: DenseDetector | None) -> None:
+        """Checks the pair, fills in the published settings and builds adapters."""
+        if not isinstance(teacher, DenseHead):
+            name = getattr(teacher, "name", teacher)
+            raise UserError(f"crosskd needs a dense teacher; {name} has no dense head to re-enter")
+        check_same_classes(student, teacher, "crosskd")
+        family = teacher.family if teacher.family in PUBLISHED else LIKE[teacher.box_coding]
+        published = PUBLISHED[family]
+        self.levels = match_levels(student.strides, teacher.strides, "crosskd")
+        self._choose_depths(student, teacher, published.depth)
+        self.box_loss = self.box_loss or published.box_loss
+        if self.box_loss == "kl" and teacher.box_coding != "distribution":
+            raise UserError(
+                f"crosskd: box_loss 'kl' needs distance distributions, which {teacher.name} does "
+                f"not predict; use box_loss 'giou'"
+            )
+        self.divide_by = published.divide_by
+        self._choose_terms(teacher, published)
+        assert self.student_depth is not None and self.depth is not None
+        for branch in self.branches:
+            self.adapters[branch] = channel_adapter(
+                student.tower_channels_at(self.student_depth), teacher.tower_channels_at(self.depth)
+            )
+
+    def _choose_terms(self, teacher: DenseDetector, published: Published) -> None:
+        """Which terms there are, their weights, and the towers (branches) that they need."""
+        tower = teacher.quality_tower
+        wanted = dict(self.wanted)
+        if wanted["quality"] is None:
+            wanted["quality"] = published.quality_weight is not None and bool(wanted[str(tower)])
+        if wanted["quality"] and tower is None:
+            raise UserError(
+                f"crosskd: quality=True, but {teacher.name} has no quality branch; leave it out"
+            )
+        defaults = {
+            "cls": published.cls_weight,
+            "box": published.box_weight,
+            "quality": published.quality_weight or 1.0,
+        }
+        given = {term: w for term, w in self.given_weights.items() if w is not None}
+        self.weights = {t: w for t, w in {**defaults, **given}.items() if wanted[t]}
+        towers = [str(tower) if term == "quality" else term for term in self.weights]
+        self.branches = list(dict.fromkeys(towers))
+
+    def _choose_depths(self, student: DenseDetector, teacher: DenseDetector, depth: int) -> None:
+        if self.depth is None:
+            self.depth = min(depth, teacher.tower_depth)
+        if self.student_depth is None:
+            self.student_depth = min(self.depth, student.tower_depth)
+        for key, value, model in (
+            ("depth", self.depth, teacher),
+            ("student_depth", self.student_depth, student),
+        ):
+            if not 0 <= value <= model.tower_depth:
+                raise UserError(
+                    f"crosskd: {key} is {value}, but the towers of {model.name} have "
+                    f"{model.tower_depth} blocks; choose 0 to {model.tower_depth}"
+                )
+
+    def forward(self, step: Step) -> dict[str, Tensor]:
+        """Raw terms `cls` and `box`, summed over all levels."""
+        assert (
+            step.teacher is not None and step.teacher_model is not None and self.depth is not None
+        )
+        entered = {
+            branch: [
+                self._enter(branch, step, level, student_level)
+                for level, student_level in enumerate(self.levels)
+            ]
+            for branch in self.branches
+        }
+        # With gradient: it flows through the teacher's frozen convolutions into the student.
+        cross = step.teacher_model.head_from(entered, self.depth).flatten()
+        target = step.teacher.predictions.flatten()
+        scores = target.logits.sigmoid()
+        # Both sides come from the teacher's head, so its anchors say what counts.
+        assignment, normaliser = step.teacher_assignment, self._normaliser(step)
+        terms = {}
+        if "cls" in self.weights:
+            # CrossKD eq. for classification; published normaliser: positives, not all locations.
+            total = soft_target_focal_sum(cross.logits, scores, assignment.weights, 1)
+            terms["cls"] = total / normaliser
+        if "box" in self.weights:
+            best_score = scores.amax(-1) * assignment.weights
+            terms["box"] = self._box(step, cross, target, best_score, normaliser)
+        if "quality" in self.weights:
+            terms["quality"] = _quality_sum(cross, target, assignment) / assignment.num_positive
+        return terms
+
+    def _normaliser(self, step: Step) -> Tensor:
+        """What divides the sums over all anchors."""
+        assignment = step.teacher_assignment
+        if self.divide_by == "positives" or assignment.quality is None:
+            return assignment.num_positive
+        assert step.teacher_model is not None
+        total = mean_over_processes(assignment.quality.sum(), step.teacher_model.reduce)
+        # Published: at least 1e-6, so that a batch without boxes weighs a million times as much
+        # and only gradient clipping saves the step. Here each image of such a batch counts as one,
+        # as it does for the other families.
+        return torch.where(total > 0, total, float(len(assignment.quality)))
+
+    def _enter(self, branch: str, step: Step, level: int, student_level: int) -> Tensor:
+        """The student's map, made ready for the teacher's block after `depth`."""
+        assert step.teacher is not None
+        entered: Tensor = step.student.towers[branch][student_level][self.student_depth]  # type: ignore[index]
+        entered = self.adapters[branch](entered)
+        if self.align:
+            teacher_map = step.teacher.towers[branch][level][self.depth]  # type: ignore[index]
+            entered = align_statistics(entered, teacher_map).to(entered.dtype)
+        # Published: a ReLU follows the alignment, except on raw pyramid levels.
+        return F.relu(entered) if self.depth else entered
+
+    def _box(
+        self,
+        step: Step,
+        cross: FlatPredictions,
+        target: FlatPredictions,
+        best_score: Tensor,
+        normaliser: Tensor,
+    ) -> Tensor:
+        """Weighted by the teacher's best score (published code; the paper weighs all alike)."""
+        assert step.teacher is not None and step.teacher_model is not None
+        if self.box_loss == "kl":
+            sides = (*cross.boxes.shape[:2], 4, -1)
+            divergence = distribution_kl(
+                cross.boxes.reshape(sides), target.boxes.reshape(sides), self.temperature
+            )
+            # Mean over the sides, then over the weights; published unclamped, NaN at weight 0.
+            total = best_score.sum().clamp(min=1e-6)
+            return (divergence.mean(-1) * best_score).sum() / total
+        anchors = step.teacher_model.flat_anchors(step.teacher.anchors)
+        boxes = step.teacher_model.decode(cross.boxes, anchors)
+        target_boxes = step.teacher_model.decode(target.boxes, anchors)
+        assert self.box_loss is not None
+        losses = DECODED_LOSSES[self.box_loss](boxes, target_boxes)
+        return (losses * best_score).sum() / normaliser
+
+
+def _quality_sum(cross: FlatPredictions, target: FlatPredictions, assignment: Assignment) -> Tensor:
+    """BCE towards the teacher's quality, summed over the positives, as published."""
+    assert cross.quality is not None and target.quality is not None
+    found = cross.quality[assignment.positive]
+    wanted = target.quality[assignment.positive].sigmoid()
+    return F.binary_cross_entropy_with_logits(found, wanted, reduction="sum")

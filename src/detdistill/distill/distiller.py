@@ -1,0 +1,118 @@
+"""Student, frozen teacher and methods as one trainable module."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from detdistill.detectors.dense import DenseDetector
+from detdistill.distill.method import Method, Step
+from detdistill.errors import UserError
+from detdistill.structures import Batch
+
+
+class Distiller(nn.Module):
+    """Computes every loss term of a batch.
+
+    The student and the methods (with their adapters) are its parameters. The teacher is no
+    registered submodule: it is frozen, stays in eval mode, moves along between devices, and is in
+    no state_dict. Without methods this is plain training.
+
+    Args:
+        student: what is trained.
+        teacher: what it learns from, or None.
+        methods: by name, e.g. `{"crosskd": CrossKD()}`; the name prefixes the terms.
+
+    Raises:
+        UserError: when a method does not fit the pair.
+    """
+
+    def __init__(
+        self,
+        student: DenseDetector,
+        teacher: DenseDetector | None = None,
+        methods: Mapping[str, Method] | None = None,
+    ) -> None:
+        """Prepares every method for the pair."""
+        super().__init__()
+        methods = methods or {}
+        if teacher is student:
+            raise UserError("student and teacher are the same object; load the teacher separately")
+        for name, method in methods.items():
+            if teacher is None and method.needs_teacher:
+                raise UserError(f"{name} needs a teacher; pass --teacher RUN_OR_FILE")
+            method.prepare(student, teacher)
+        self.student = student
+        self.methods = nn.ModuleDict(methods)
+        self._teacher = (teacher,)  # a tuple hides it from the module tree
+        if teacher is not None:
+            teacher.requires_grad_(False).eval()
+        self.iteration = 0
+        self.raw: dict[str, Tensor] = {}
+        self._keep = any(method.keep_pre_activation for method in methods.values())
+
+    @property
+    def teacher(self) -> DenseDetector | None:
+        """The frozen teacher."""
+        return self._teacher[0]
+
+    def get_extra_state(self) -> dict[str, int]:
+        """The iteration, which warm-ups depend on, is saved with the weights."""
+        return {"iteration": self.iteration}
+
+    def set_extra_state(self, state: dict[str, int]) -> None:
+        """Restores the iteration."""
+        self.iteration = state["iteration"]
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        if self.teacher is not None:
+            self.teacher._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        return super()._apply(fn, recurse)  # type: ignore[no-untyped-call, no-any-return]
+
+    def forward(self, batch: Batch) -> dict[str, Tensor]:
+        """Weighted scalar terms, whose sum is the loss; `raw` holds them unweighted."""
+        student, targets = self.student, batch.padded_targets()
+        _check_labels(targets.labels, student.num_classes)
+        output = student.head(
+            student.pyramid(student.normalize(batch)), keep_pre_activation=self._keep
+        )
+        assignment = student.assign(output, targets)
+        terms = student.loss(output, targets, assignment)
+        weights = {f"task/{name}": weight for name, weight in student.loss_weights.items()}
+        self.raw = {name: value.detach() / weights[name] for name, value in terms.items()}
+        step = Step(
+            student=output,
+            teacher=self._run_teacher(batch),
+            student_model=student,
+            teacher_model=self.teacher,
+            targets=targets,
+            student_assignment=assignment,
+            iteration=self.iteration,
+        )
+        for name, method in self.methods.items():
+            for term, value in method(step).items():
+                self.raw[f"{name}/{term}"] = value.detach()
+                terms[f"{name}/{term}"] = value * method.weights[term]  # type: ignore[index]
+        if self.training:
+            self.iteration += 1
+        return terms
+
+    def _run_teacher(self, batch: Batch) -> Any:
+        teacher = self.teacher
+        if teacher is None or not self.methods:
+            return None
+        # Not inference_mode: its tensors cannot be saved for the cross-head backward pass.
+        with torch.no_grad():
+            images = teacher.normalize(batch)
+            return teacher.head(teacher.pyramid(images), keep_pre_activation=self._keep)
+
+
+def _check_labels(labels: Tensor, num_classes: int) -> None:
+    if int(labels.max()) >= num_classes:
+        raise UserError(
+            f"the batch holds label {int(labels.max())}; the student has classes 0 to "
+            f"{num_classes - 1}"
+        )

@@ -1,0 +1,79 @@
+"""PKD, distillation by Pearson correlation (Cao et al., arXiv 2207.02039, NeurIPS 2022).
+
+Two pyramids may differ in scale and offset of every channel and still say the same. PKD compares
+standardised channels, so only their pattern counts: half the squared difference of standardised
+maps is 1 minus their Pearson correlation.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from detdistill.detectors.dense import DenseDetector
+from detdistill.distill.adapters import EPSILON, channel_adapter, match_levels
+from detdistill.distill.method import METHODS, Method, Step
+from detdistill.distill.published import OTHER_PKD_WEIGHT, PKD_WEIGHTS
+from detdistill.errors import UserError
+
+
+@METHODS.register("pkd")
+class PKD(Method):
+    """Pattern mimicking of the pyramid; without arguments as CrossKD's authors combine it.
+
+    Term: `pkd/feature`, summed over the levels. The original paper's setting is
+    `PKD(weight=10, levels=4)`.
+
+    Args:
+        weight: factor of `pkd/feature`; None takes the published one of the teacher's family.
+        levels: how many of the teacher's levels, from the finest; None takes all.
+    """
+
+    def __init__(self, *, weight: float | None = None, levels: int | None = None) -> None:
+        """None means CrossKD's published value."""
+        super().__init__()
+        if levels is not None and levels < 1:
+            raise UserError(f"pkd with levels={levels} distils nothing; choose at least 1")
+        self.weight, self.level_count = weight, levels
+
+    def prepare(self, student: DenseDetector, teacher: DenseDetector | None) -> None:
+        """Matches levels by stride and builds one adapter, shared by all levels."""
+        assert teacher is not None
+        strides = teacher.strides[: self.level_count]
+        if self.level_count is not None and len(strides) < self.level_count:
+            raise UserError(
+                f"pkd: levels is {self.level_count}, but {teacher.name} has {len(strides)} "
+                f"pyramid levels; choose 1 to {len(strides)}"
+            )
+        self.levels = match_levels(student.strides, strides, "pkd")
+        weight = PKD_WEIGHTS.get(teacher.family, OTHER_PKD_WEIGHT)
+        self.weights = {"feature": weight if self.weight is None else self.weight}
+        self.adapter = channel_adapter(student.tower_channels_at(0), teacher.tower_channels_at(0))
+
+    def forward(self, step: Step) -> dict[str, Tensor]:
+        """Raw term `feature`."""
+        assert step.teacher is not None
+        pairs = zip(self.levels, step.teacher.pyramid, strict=False)
+        losses = [
+            pattern_difference(self.adapter(step.student.pyramid[level]), teacher)
+            for level, teacher in pairs
+        ]
+        return {"feature": torch.stack(losses).sum()}
+
+
+def pattern_difference(student: Tensor, teacher: Tensor) -> Tensor:
+    """Half the mean squared difference of two standardised (B, C, H, W) maps (PKD eq. 6).
+
+    A map of one element per channel has no pattern: 0, tied to the student.
+    """
+    if student.numel() == student.shape[1]:
+        return student.sum() * 0
+    return (standardize(student) - standardize(teacher)).square().mean() / 2
+
+
+def standardize(level: Tensor) -> Tensor:
+    """(B, C, H, W) with mean 0 and deviation 1 per channel over B, H and W; float32."""
+    variance, mean = torch.var_mean(level.float(), (0, 2, 3), keepdim=True)
+    # A channel that is constant over the batch has no finite gradient of its deviation.
+    deviation = variance.clamp(min=EPSILON**2).sqrt()
+    return (level.float() - mean) / (deviation + EPSILON)

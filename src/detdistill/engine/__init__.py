@@ -1,0 +1,1 @@
+"""Training on Lightning Fabric: one loop for plain and distilled runs."""

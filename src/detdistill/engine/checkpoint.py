@@ -1,0 +1,81 @@
+"""Files of a run, each of which appears whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from detdistill.errors import UserError
+from detdistill.recipe import Recipe, dump_recipe, read_yaml
+
+# Settings that change how a run is carried out, not what comes out of it.
+FREE = {"workers", "cache", "log_every", "checkpoint_every", "eval_batch", "accelerator"}
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replaces a text file atomically."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def write_json(path: Path, value: dict[str, Any]) -> None:
+    """Replaces a JSON file atomically."""
+    write_text(path, json.dumps(value, indent=1))
+
+
+def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
+    """Replaces a checkpoint atomically; a power cut leaves the old one."""
+    temporary = path.with_name(path.name + ".tmp")
+    with temporary.open("wb") as file:
+        torch.save(state, file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def load_checkpoint(path: Path) -> dict[str, Any] | None:
+    """The state, or None when there is no checkpoint yet."""
+    if not path.exists():
+        return None
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise UserError(
+            f"{path}: not a readable checkpoint ({' '.join(str(error).split())[:120]}); "
+            f"delete it to start the run again"
+        ) from None
+    return state  # type: ignore[no-any-return]
+
+
+def check_run(out: Path, recipe: Recipe, resume: bool) -> None:
+    """Refuses a folder that is not this run's; writes nothing."""
+    stored = out / "recipe.yaml"
+    if stored.exists():
+        if not resume:
+            raise UserError(f"{out} holds another run; choose another --out, or add --resume")
+        before, now = read_yaml(stored), recipe.model_dump()
+        changed = [k for k in now if k not in FREE and before.get(k) != now[k]]
+        if changed:
+            key = changed[0]
+            raise UserError(
+                f"{out} holds a run with {key}: {before.get(key)}, now it is {now[key]}; resume "
+                f"with the same recipe, or choose another --out"
+            )
+    elif out.exists() and (not out.is_dir() or any(p.suffix != ".tmp" for p in out.iterdir())):
+        raise UserError(f"{out} is no run folder and not empty; choose another --out")
+
+
+def start_run(out: Path, recipe: Recipe) -> None:
+    """Makes the run folder with its fully resolved recipe."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        write_text(out / "recipe.yaml", dump_recipe(recipe))
+    except OSError as error:
+        raise UserError(
+            f"{out}: cannot be written ({error.strerror}); choose another --out"
+        ) from None

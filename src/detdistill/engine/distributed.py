@@ -1,0 +1,76 @@
+"""Lightning Fabric for one process or many."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from lightning_fabric import Fabric
+from lightning_fabric.plugins.precision import MixedPrecision, Precision
+from lightning_fabric.strategies.ddp import DDPStrategy
+
+from detdistill.errors import UserError
+from detdistill.recipe import Recipe
+
+
+class _KeepInputs:
+    """Batches pass unchanged: boxes must not be rounded to half precision."""
+
+    def convert_input(self, data: Any) -> Any:
+        return data
+
+
+class FullPrecision(_KeepInputs, Precision):
+    """float32."""
+
+
+class HalfPrecision(_KeepInputs, MixedPrecision):
+    """Autocast, with loss scaling for float16."""
+
+
+def launch(recipe: Recipe) -> Fabric:
+    """Starts the processes of a recipe and sets determinism.
+
+    Raises:
+        UserError: for a device or a precision that this machine lacks.
+    """
+    device = recipe.accelerator
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda" and torch.cuda.device_count() < recipe.devices:
+        raise UserError(
+            f"recipe: {recipe.devices} CUDA devices wanted, {torch.cuda.device_count()} found; "
+            f"lower devices, or use --set accelerator=cpu"
+        )
+    if recipe.precision == "fp16" and device == "cpu":
+        raise UserError("recipe: precision fp16 needs a CUDA device; use bf16 or fp32 on the CPU")
+    plugin: Precision = FullPrecision()
+    if recipe.precision == "bf16":
+        plugin = HalfPrecision("bf16-mixed", device)
+    elif recipe.precision == "fp16":
+        plugin = HalfPrecision("16-mixed", device)
+    if recipe.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # or CUDA refuses
+        torch.use_deterministic_algorithms(True)
+    several = recipe.devices * recipe.nodes > 1
+    fabric = Fabric(
+        accelerator=device,
+        devices=recipe.devices,
+        num_nodes=recipe.nodes,
+        strategy=DDPStrategy() if several else "auto",
+        plugins=[plugin],
+    )
+    fabric.launch()
+    return fabric
+
+
+def all_image_ids(own: Sequence[int]) -> list[int]:
+    """The image ids of this step's batch in all processes."""
+    if not dist.is_available() or not dist.is_initialized():
+        return list(own)
+    gathered: list[list[int]] = [[] for _ in range(dist.get_world_size())]
+    dist.all_gather_object(gathered, list(own))
+    return [image_id for ids in gathered for image_id in ids]

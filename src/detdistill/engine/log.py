@@ -1,0 +1,158 @@
+"""What a run tells: a line of numbers per interval, a progress bar, and guards on the terms."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+from detdistill.engine.checkpoint import write_text
+from detdistill.errors import UserError
+
+ZERO_STEPS = 50
+LINE_SECONDS = 10.0  # between plain lines
+
+
+class MetricsFile:
+    """`metrics.jsonl`: one JSON object per line."""
+
+    def __init__(self, path: Path, step: int) -> None:
+        """Continues at `step`: later lines, written before an interruption, are dropped."""
+        self.path = path
+        if path.exists():
+            lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+            kept = [line for line in lines if _step_of(line) <= step] if step else []
+            write_text(path, "".join(kept))
+
+    def write(self, record: Mapping[str, Any]) -> None:
+        """Appends one line."""
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
+
+
+def _step_of(line: str) -> float:
+    try:
+        return float(json.loads(line)["step"])
+    except (ValueError, KeyError):
+        return math.inf  # cut off in mid-line
+
+
+class TermWindow:
+    """Means of the terms since the last line, and the guards."""
+
+    def __init__(self, out: Path) -> None:
+        """`out` is named in messages."""
+        self.out = out
+        self._sums: dict[str, tuple[float, float]] = {}
+        self._count = 0
+        self._zeros: Counter[str] = Counter()
+        self._seen: dict[str, bool] = {}  # terms of this step: was any not 0?
+
+    def add(
+        self,
+        raw: Mapping[str, float],
+        weighted: Mapping[str, float],
+        step: int,
+        image_ids: Sequence[int],
+    ) -> None:
+        """Takes the terms of a micro batch; `UserError` on a non-finite one."""
+        for name, value in weighted.items():
+            if not math.isfinite(value):
+                raise UserError(
+                    f"{name} is {value} at step {step}, images {list(image_ids)}; the last good "
+                    f"checkpoint is {self.out / 'last.ckpt'}; try a lower lr or clip_norm, and "
+                    f"look at these images' boxes"
+                )
+        for name, value in raw.items():
+            before = self._sums.get(name, (0.0, 0.0))
+            self._sums[name] = (before[0] + value, before[1] + weighted[name])
+            self._seen[name] = self._seen.get(name, False) or value != 0
+        self._count += 1
+
+    def end_step(self) -> list[str]:
+        """Warnings about distillation terms that have been exactly 0 for long."""
+        warnings = []
+        for name, seen in self._seen.items():
+            self._zeros[name] = 0 if seen else self._zeros[name] + 1
+            if self._zeros[name] == ZERO_STEPS and not name.startswith("task/"):
+                warnings.append(
+                    f"{name} was exactly 0 for {ZERO_STEPS} steps: nothing is distilled by it; "
+                    f"check the teacher with `detdistill eval` and the method's settings"
+                )
+        self._seen.clear()
+        return warnings
+
+    def take(self) -> tuple[dict[str, float], dict[str, float]]:
+        """Means of the raw and the weighted terms; starts a new window."""
+        raw = {name: sums[0] / self._count for name, sums in self._sums.items()}
+        weighted = {name: sums[1] / self._count for name, sums in self._sums.items()}
+        self._sums, self._count = {}, 0
+        return raw, weighted
+
+
+class RunDisplay:
+    """A progress bar on a terminal, plain lines elsewhere, nothing on further processes."""
+
+    def __init__(self, title: str, total: int, done: int, quiet: bool) -> None:
+        """`done` of `total` steps are behind us."""
+        self.title, self.total = title, total
+        self.quiet = quiet
+        self._console = Console(file=sys.stderr, highlight=False)
+        self._bar: Progress | None = None
+        self._start, self._first = time.monotonic(), done
+        self._last_line = -math.inf
+        if not quiet and self._console.is_terminal:
+            self._bar = Progress(
+                TextColumn("{task.description}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TimeElapsedColumn(),
+                TimeRemainingColumn(),
+                TextColumn("{task.fields[terms]}"),
+                console=self._console,
+            )
+            self._task = self._bar.add_task(title, total=total, completed=done, terms="")
+            self._bar.start()
+
+    def step(self, step: int, weighted: Mapping[str, float], images_per_second: float) -> None:
+        """Shows the state after `step` steps."""
+        terms = " ".join(f"{name} {value:.3f}" for name, value in weighted.items())
+        if self._bar is not None:
+            text = f"{images_per_second:.1f} img/s  {terms}"
+            self._bar.update(self._task, completed=step, terms=text)
+            return
+        now = time.monotonic()
+        if self.quiet or (now - self._last_line < LINE_SECONDS and step < self.total):
+            return
+        self._last_line = now
+        left = (now - self._start) / max(1, step - self._first) * (self.total - step)
+        self._console.print(
+            f"{self.title}: step {step}/{self.total}, {left:.0f} s left, "
+            f"{images_per_second:.1f} img/s, {terms}",
+            soft_wrap=True,
+        )
+
+    def say(self, text: str) -> None:
+        """One line above the bar."""
+        if not self.quiet:
+            self._console.print(f"{self.title}: {text}", soft_wrap=True)
+
+    def close(self) -> None:
+        """Ends the bar."""
+        if self._bar is not None:
+            self._bar.stop()

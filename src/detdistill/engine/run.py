@@ -1,0 +1,217 @@
+"""The state of a run, and what it writes: log lines, evaluations, checkpoints, students."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning_fabric import Fabric
+
+from detdistill import __version__
+from detdistill.data import TrainBatches
+from detdistill.detectors import save_detector
+from detdistill.distill import Distiller
+from detdistill.engine.build import Parts
+from detdistill.engine.checkpoint import load_checkpoint, save_checkpoint, write_json, write_text
+from detdistill.engine.log import MetricsFile, RunDisplay, TermWindow
+from detdistill.engine.optim import make_optimizer
+from detdistill.errors import UserError
+from detdistill.evaluation.run import evaluate_dataset
+from detdistill.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """What a finished run leaves.
+
+    Attributes:
+        folder: with `model.safetensors`, `best.safetensors`, `metrics.jsonl`, `recipe.yaml`.
+        seconds: spent training, without evaluation.
+        steps: optimisation steps.
+        best_ap: best AP on val, 0..1.
+    """
+
+    folder: Path
+    seconds: float
+    steps: int
+    best_ap: float | None
+
+
+class Run:
+    """One run: its state and what is done to it."""
+
+    def __init__(
+        self, recipe: Recipe, out: Path, fabric: Fabric, parts: Parts, batches: TrainBatches
+    ) -> None:
+        """Sets up the models and picks up a checkpoint if there is one."""
+        self.recipe, self.out, self.fabric, self.parts = recipe, out, fabric, parts
+        self.distiller: Distiller = parts.distiller
+        if recipe.channels_last:
+            self.distiller.to(memory_format=torch.channels_last)
+        optimizer = make_optimizer(self.distiller.parameters(), recipe)
+        self.module, self.optimizer = fabric.setup(self.distiller, optimizer)
+        self.distiller.to(fabric.device)  # the teacher, which Fabric does not see
+        self.batches = batches
+        self.steps_per_epoch = max(1, len(batches) // recipe.accumulate)
+        self.total_steps = recipe.max_steps or recipe.epochs * self.steps_per_epoch
+        self.step, self.seconds = 0, 0.0
+        self.best_ap, self.val_ap, self.teacher_ap = -1.0, -1.0, -1.0  # -1: not known
+        torch.manual_seed(recipe.seed + 1 + fabric.global_rank)
+        self._restore()
+        self.metrics = MetricsFile(out / "metrics.jsonl", self.step) if self.speaks else None
+        self.window = TermWindow(out)
+        title = "/".join(out.parts[-2:])
+        self.display = RunDisplay(title, self.total_steps, self.step, quiet=not self.speaks)
+
+    @property
+    def speaks(self) -> bool:
+        """Whether this is the first of all processes, which alone writes."""
+        return self.fabric.is_global_zero
+
+    def check_teacher(self) -> None:
+        """The teacher's AP on val, once: most distillation that fails has a teacher that does."""
+        teacher = self.distiller.teacher
+        if teacher is None or not self.speaks or self.teacher_ap >= 0:
+            return
+        metrics = evaluate_dataset(teacher, self.parts.val, self.recipe, self.fabric.device)
+        self.teacher_ap = metrics.numbers["AP"]
+        self._write("teacher", split="val", metrics=metrics.numbers)
+        self.display.say(f"teacher {teacher.name}, val AP {100 * self.teacher_ap:.1f}")
+        if 0 <= self.teacher_ap < 0.01:
+            self.display.say("warning: the teacher finds next to nothing on this data")
+
+    def compare_with_teacher(self) -> None:
+        """A student that passes its teacher in val AP may have outgrown it: said, not refused."""
+        if 0 <= self.teacher_ap < self.best_ap:
+            self.display.say(
+                f"warning: the teacher's val AP {100 * self.teacher_ap:.1f} is below the student's "
+                f"{100 * self.best_ap:.1f}; a better teacher may help more"
+            )
+
+    def say_faults(self) -> None:
+        """Faulty annotations: a line now, all of them in `faults.txt`."""
+        datasets = (self.parts.train, self.parts.val)
+        faults = [fault for dataset in datasets for fault in dataset.faults]
+        if faults and self.speaks:
+            write_text(self.out / "faults.txt", "\n".join(faults) + "\n")
+            for dataset in datasets:
+                if dataset.faults:
+                    self.display.say(f"{dataset.fault_summary()} (all: {self.out / 'faults.txt'})")
+
+    def report(self, rate: float, images_per_second: float) -> None:
+        """Log line, evaluation and checkpoint, when due."""
+        recipe, end = self.recipe, self.step == self.total_steps
+        if self.step % recipe.log_every == 0 or end:
+            raw, weighted = self.window.take()
+            self.display.step(self.step, weighted, images_per_second)
+            self._write(
+                "step",
+                lr=rate,
+                loss=sum(weighted.values()),
+                raw=raw,
+                weighted=weighted,
+                seconds=self.seconds,
+                images_per_second=images_per_second,
+            )
+        due = end or self.step % (recipe.eval_every * self.steps_per_epoch) == 0
+        if due or self.step % recipe.checkpoint_every == 0:
+            self._refuse_non_finite()
+            if due:
+                self._evaluate()
+            self._save()
+
+    def _write(self, kind: str, **values: Any) -> None:
+        if self.metrics is not None:
+            place = {"step": self.step, "epoch": self.step / self.steps_per_epoch}
+            self.metrics.write({"kind": kind, **place, **values})
+
+    def _evaluate(self) -> None:
+        """AP on val by the first process; the best student so far is kept."""
+        if self.speaks:
+            student = self.distiller.student
+            metrics = evaluate_dataset(student, self.parts.val, self.recipe, self.fabric.device)
+            numbers = metrics.numbers
+            self._write(
+                "eval",
+                split="val",
+                metrics=numbers,
+                per_class=metrics.per_class,
+                seconds=self.seconds,
+            )
+            self.val_ap = ap = numbers["AP"]
+            found = f"val AP {100 * ap:.1f}, AP50 {100 * numbers['AP50']:.1f}"
+            self.display.say(f"step {self.step}, {found if ap >= 0 else 'val holds no boxes'}")
+            if ap > self.best_ap:
+                self.best_ap = ap
+                self._save_student("best", ap)
+        self.fabric.barrier()
+        self.module.train()
+
+    def _save_student(self, stem: str, ap: float) -> None:
+        recipe = self.recipe
+        provenance = {
+            "detdistill": __version__,
+            "torch": torch.__version__,
+            "step": self.step,
+            "val_ap": ap,
+            "seed": recipe.seed,
+            "teacher": recipe.teacher if recipe.methods else None,
+            "methods": recipe.methods,
+        }
+        path = self.out / f"{stem}.safetensors"
+        save_detector(self.distiller.student, path, provenance=provenance)
+
+    def _save(self) -> None:
+        """The resume checkpoint: student, adapters, optimiser, random state."""
+        state = {
+            "step": self.step,
+            "seconds": self.seconds,
+            "best_ap": self.best_ap,
+            "val_ap": self.val_ap,
+            "teacher_ap": self.teacher_ap,
+            "distiller": self.distiller.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "precision": self.fabric.strategy.precision.state_dict(),
+            "random": torch.get_rng_state(),
+        }
+        if self.speaks:
+            save_checkpoint(self.out / "last.ckpt", state)
+            self._write_status(done=False)
+
+    def _refuse_non_finite(self) -> None:
+        """A good checkpoint is never replaced by weights that an exploded step left."""
+        for name, value in self.distiller.state_dict().items():
+            if isinstance(value, torch.Tensor) and not value.isfinite().all():
+                raise UserError(
+                    f"{name} is no longer finite after step {self.step}; the last good checkpoint "
+                    f"is {self.out / 'last.ckpt'}, if one was due before; start again with a "
+                    f"lower lr or clip_norm"
+                )
+
+    def _restore(self) -> None:
+        state = load_checkpoint(self.out / "last.ckpt")
+        if state is None:
+            return
+        self.step, self.seconds = state["step"], state["seconds"]
+        self.best_ap, self.val_ap = state["best_ap"], state["val_ap"]
+        self.teacher_ap = state["teacher_ap"]
+        self.distiller.load_state_dict(state["distiller"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.fabric.strategy.precision.load_state_dict(state["precision"])
+        if self.fabric.is_global_zero:
+            torch.set_rng_state(state["random"])
+
+    def _write_status(self, done: bool) -> None:
+        status = {"done": done, "steps": self.step, "seconds": self.seconds}
+        write_json(self.out / "run.json", {**status, "best_ap": self.best_ap})
+
+    def finish(self) -> RunResult:
+        """Writes the final student; doing it again changes nothing."""
+        if self.speaks:
+            self._save_student("model", self.val_ap)
+            self._write_status(done=True)
+        self.fabric.barrier()
+        best = self.best_ap if self.best_ap >= 0 else None
+        return RunResult(self.out, self.seconds, self.step, best)

@@ -1,0 +1,117 @@
+"""The training loop, for plain and for distilled runs."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import closing
+from pathlib import Path
+from typing import cast
+
+import torch
+
+from detdistill.data import make_train_batches
+from detdistill.engine.build import build
+from detdistill.engine.checkpoint import check_run, start_run
+from detdistill.engine.distributed import all_image_ids, launch
+from detdistill.engine.optim import learning_rate
+from detdistill.engine.run import Run, RunResult
+from detdistill.recipe import Recipe
+from detdistill.structures import Batch
+
+
+def train(recipe: Recipe, out: Path, *, resume: bool = False) -> RunResult:
+    """Trains `recipe.student`, with its methods if it has any, into the run folder `out`.
+
+    Args:
+        recipe: every setting.
+        out: run folder; it must be new unless `resume`.
+        resume: go on from `last.ckpt`; a finished run returns at once.
+
+    Raises:
+        UserError: for unusable input, before anything is written; for a non-finite loss.
+    """
+    fabric = launch(recipe)
+    if fabric.is_global_zero:
+        check_run(out, recipe, resume)
+    parts = build(recipe)
+    batches = make_train_batches(
+        parts.train, recipe, rank=fabric.global_rank, world_size=fabric.world_size
+    )
+    # Whatever can be wrong with the input has shown by now, and nothing is written yet.
+    fabric.barrier()
+    if fabric.is_global_zero:
+        start_run(out, recipe)
+    fabric.barrier()
+    run = Run(recipe, out, fabric, parts, batches)
+    try:
+        return run.finish() if run.step >= run.total_steps else _loop(run)
+    finally:
+        run.display.close()
+
+
+def _loop(run: Run) -> RunResult:
+    """Trains to the last step."""
+    run.say_faults()
+    run.check_teacher()
+    run.module.train()
+    with closing(run.batches.batches(run.step * run.recipe.accumulate)) as batches:
+        while run.step < run.total_steps:
+            start = time.perf_counter()
+            rate = _optimize(run, batches)
+            run.step += 1
+            seconds = time.perf_counter() - start
+            run.seconds += seconds
+            run.report(rate, run.recipe.batch_size / seconds)
+    run.compare_with_teacher()
+    return run.finish()
+
+
+def _optimize(run: Run, batches: Iterator[Batch]) -> float:
+    """One optimisation step; returns its learning rate."""
+    recipe = run.recipe
+    rate = learning_rate(recipe, run.step, run.total_steps, run.steps_per_epoch)
+    for group in run.optimizer.param_groups:
+        group["lr"] = rate
+    for micro in range(recipe.accumulate):
+        _backward(run, next(batches), last=micro == recipe.accumulate - 1)
+    for warning in run.window.end_step():
+        run.display.say(f"warning: {warning}")
+    if recipe.clip_norm is not None:
+        run.fabric.clip_gradients(
+            run.module, run.optimizer, max_norm=recipe.clip_norm, error_if_nonfinite=False
+        )
+    run.optimizer.step()
+    run.optimizer.zero_grad()
+    return rate
+
+
+def _backward(run: Run, batch: Batch, last: bool) -> None:
+    """Forward, guards, backward of one micro batch."""
+    batch = batch.to(run.fabric.device)
+    if run.recipe.channels_last:
+        batch = Batch(
+            batch.images.contiguous(memory_format=torch.channels_last),
+            batch.sizes,
+            batch.targets,
+            batch.image_ids,
+        )
+    run.distiller.iteration = run.step
+    with run.fabric.no_backward_sync(run.module, enabled=not last):
+        terms: dict[str, torch.Tensor] = run.module(batch)
+        _watch(run, terms, batch.image_ids)
+        run.fabric.backward(torch.stack(list(terms.values())).sum() / run.recipe.accumulate)
+
+
+def _watch(run: Run, terms: dict[str, torch.Tensor], image_ids: Sequence[int]) -> None:
+    raw = run.distiller.raw
+    values = torch.stack([t.detach().float() for t in [*terms.values(), *raw.values()]])
+    if run.fabric.world_size > 1:  # a mean, which is non-finite everywhere if anywhere
+        values = cast(torch.Tensor, run.fabric.all_reduce(values, reduce_op="mean"))
+    numbers = values.tolist()
+    weighted = dict(zip(terms, numbers, strict=False))
+    plain = dict(zip(raw, numbers[len(terms) :], strict=True))
+    if not all(map(math.isfinite, weighted.values())):
+        image_ids = all_image_ids(image_ids)
+    run.window.add(plain, weighted, run.step, image_ids)

@@ -1,0 +1,1 @@
+"""What detectors are built from: backbones, pyramid, towers, anchors, assigners, coders, losses."""

@@ -1,0 +1,154 @@
+"""Which anchor learns which ground-truth box, for the whole batch at once."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from detdistill.boxes import area, centers_xy, elementwise_iou, pairwise_iou, xyxy_to_ltrb
+from detdistill.structures import Targets
+
+BACKGROUND = -1
+IGNORED = -2
+
+
+def assign_max_iou(
+    anchors: Tensor,
+    valid: Tensor,
+    targets: Targets,
+    *,
+    positive: float = 0.5,
+    negative: float = 0.4,
+) -> Tensor:
+    """RetinaNet's rule (arXiv 1708.02002 section 4), with MMDetection's low-quality matches.
+
+    Anchors with IoU >= `positive` learn their best box, below `negative` they are background,
+    between they are ignored. Each box also takes every anchor that equals its best IoU; a later
+    box wins. Unlike the published code a box that touches no anchor takes none. Equal anchors tie
+    exactly, so the last bit of the IoU may decide how many match.
+
+    Args:
+        anchors: (P, 4) xyxy pixels.
+        valid: (B, P) bool; others are ignored and take no part.
+        targets: the ground truth, at least one slot per image.
+        positive: least IoU of a positive.
+        negative: IoU below which an anchor is background.
+
+    Returns:
+        (B, P) int64: index of the matched box, `BACKGROUND` or `IGNORED`.
+    """
+    iou = pairwise_iou(targets.boxes, anchors[None])
+    possible = targets.present[:, :, None] & valid[:, None, :]
+    iou = iou.masked_fill(~possible, -1)
+    best, matched = iou.max(1)
+    matched = torch.where(best >= positive, matched, IGNORED)
+    matched = torch.where(best < negative, BACKGROUND, matched)
+    best_of_box = iou.amax(2, keepdim=True)
+    forced = (iou == best_of_box) & (best_of_box > 0)
+    slots = torch.arange(iou.shape[1], device=iou.device)[None, :, None]
+    last = torch.where(forced, slots, -1).amax(1)
+    matched = torch.where(last >= 0, last, matched)
+    return torch.where(valid, matched, IGNORED)
+
+
+def assign_atss(
+    anchors: Sequence[Tensor], valid: Tensor, targets: Targets, *, top_k: int = 9
+) -> Tensor:
+    """Adaptive training sample selection (arXiv 1912.02424, algorithm 1).
+
+    Args:
+        anchors: per level (H*W, 4) xyxy pixels, one anchor per location.
+        valid: (B, P) bool; others are ignored and never among the candidates.
+        targets: the ground truth, at least one slot per image.
+        top_k: candidates per box and level.
+
+    Returns:
+        (B, P) int64: index of the matched box, `BACKGROUND` or `IGNORED`.
+    """
+    flat = torch.cat(list(anchors))
+    candidates, usable = _nearest_per_level(anchors, valid, targets, top_k)  # (B, N, T)
+    chosen = flat[candidates]
+    boxes = targets.boxes[:, :, None]
+    iou = elementwise_iou(boxes, chosen)
+    count = usable.sum(-1, keepdim=True)
+    mean = (iou * usable).sum(-1, keepdim=True) / count.clamp(min=1)
+    variance = ((iou - mean).square() * usable).sum(-1, keepdim=True) / (count - 1).clamp(min=1)
+    points = centers_xy(chosen)
+    inside = torch.cat((points - boxes[..., :2], boxes[..., 2:] - points), -1).amin(-1) > 0.01
+    good = usable & inside & (iou >= mean + variance.sqrt()) & targets.present[:, :, None]
+    # An anchor wanted by several boxes goes to the one it overlaps most.
+    table = iou.new_full((*iou.shape[:2], len(flat)), -1.0)
+    table.scatter_(2, candidates, torch.where(good, iou, -1.0))
+    best, matched = table.max(1)
+    matched = torch.where(best >= 0, matched, BACKGROUND)
+    return torch.where(valid, matched, IGNORED)
+
+
+def assign_points(
+    points: Sequence[Tensor],
+    targets: Targets,
+    *,
+    strides: Sequence[int],
+    ranges: Sequence[tuple[float, float]],
+    radius: float | None = None,
+) -> Tensor:
+    """FCOS's rule (arXiv 1904.01355 section 3.2): inside a box whose size suits the level.
+
+    A point learns the smallest box that it lies in and whose farthest side is within the range of
+    the point's level.
+
+    Args:
+        points: per level (H*W, 2) pixels.
+        targets: the ground truth, at least one slot per image.
+        strides: of the levels.
+        ranges: least and greatest distance to the farthest side per level, pixels, both included.
+        radius: centre sampling: only points within so many strides of the box's centre, both
+            ways, count; None takes the whole box.
+
+    Returns:
+        (B, P) int64: index of the matched box or `BACKGROUND`.
+    """
+    smallest = [
+        _fitting_areas(level, targets, stride, low_high, radius)
+        for level, stride, low_high in zip(points, strides, ranges, strict=True)
+    ]
+    areas, matched = torch.cat(smallest, -1).min(1)
+    return torch.where(areas.isfinite(), matched, BACKGROUND)
+
+
+def _fitting_areas(
+    points: Tensor,
+    targets: Targets,
+    stride: int,
+    low_high: tuple[float, float],
+    radius: float | None,
+) -> Tensor:
+    """Areas (B, N, P) of the boxes that points (P, 2) of a level may learn, infinite elsewhere."""
+    boxes = targets.boxes[:, :, None]
+    ltrb = xyxy_to_ltrb(boxes, points)
+    farthest = ltrb.amax(-1)
+    inside = ltrb.amin(-1) > 0
+    if radius is not None:
+        away = (points - centers_xy(boxes)).abs().amax(-1)
+        inside &= away < radius * stride
+    fits = inside & (farthest >= low_high[0]) & (farthest <= low_high[1])
+    return torch.where(fits & targets.present[:, :, None], area(boxes), torch.inf)
+
+
+def _nearest_per_level(
+    anchors: Sequence[Tensor], valid: Tensor, targets: Targets, top_k: int
+) -> tuple[Tensor, Tensor]:
+    """Indices (B, N, T) of the nearest anchors per level and which of them are valid."""
+    indices, usable, start = [], [], 0
+    centers = centers_xy(targets.boxes)
+    for level in anchors:
+        end = start + len(level)
+        distance = (centers[:, :, None] - centers_xy(level)[None, None]).square().sum(-1).sqrt()
+        distance = distance.masked_fill(~valid[:, None, start:end], torch.inf)
+        near, index = distance.topk(min(top_k, len(level)), dim=-1, largest=False)
+        indices.append(index + start)
+        usable.append(near.isfinite())
+        start = end
+    return torch.cat(indices, -1), torch.cat(usable, -1)

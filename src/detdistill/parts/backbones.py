@@ -1,0 +1,160 @@
+"""Backbones from timm, chosen by the stride of their feature maps."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import timm
+from timm.models.resnet import Bottleneck
+from torch import Tensor, nn
+
+from detdistill.errors import UserError
+
+STRIDES = (8, 16, 32)
+PLAIN_RESNETS = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")
+RESNET_WIDTHS = (64, 128, 256, 512)
+CAFFE = "_caffe"
+BATCH_NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm)
+
+
+class Backbone(nn.Module):
+    """A timm feature extractor that returns the maps at strides 8, 16 and 32 (C3, C4, C5).
+
+    Args:
+        name: any timm model with feature maps at these strides; a ResNet's name with `_caffe` is
+            its caffe-style form, which strides the first 1x1 convolution of a stage, not the 3x3.
+        pretrained: load timm's ImageNet weights (needs the network once).
+        base_channels: width of a ResNet's first stage and stem; 64 is the full network.
+        frozen_stages: 0 trains everything, n freezes the stem and the first n stages.
+        norm_eval: BatchNorm keeps its stored statistics while training; in a caffe-style network
+            its factors and offsets get no gradient either, as published.
+
+    Attributes:
+        caffe: whether it is caffe-style and takes BGR.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        *,
+        pretrained: bool = False,
+        base_channels: int = 64,
+        frozen_stages: int = 0,
+        norm_eval: bool = False,
+    ) -> None:
+        """Builds the network; `UserError` where the name or the combination makes none."""
+        super().__init__()
+        self.frozen_stages, self.norm_eval = frozen_stages, norm_eval
+        self.caffe = name.endswith(CAFFE)
+        self.body = _create(name.removesuffix(CAFFE), pretrained and not self.caffe, base_channels)
+        if self.caffe:
+            _stride_first(self.body, name, pretrained)
+        reductions = list(self.body.feature_info.reduction())
+        self.channels: list[int] = list(self.body.feature_info.channels())
+        if tuple(reductions) != STRIDES:
+            raise UserError(
+                f"backbone {name!r} has feature maps at strides {reductions}, a pyramid needs "
+                f"8, 16 and 32; choose another timm model"
+            )
+        self._freeze()
+
+    def _freeze(self) -> None:
+        if self.caffe and self.norm_eval:
+            for module in self.modules():
+                if isinstance(module, BATCH_NORMS):
+                    module.requires_grad_(False)
+        if self.frozen_stages == 0:
+            return
+        limit = 4 * 2 ** (self.frozen_stages - 1)
+        infos = self.body.feature_info.info
+        last = max((i for i, info in enumerate(infos) if info["reduction"] <= limit), default=-1)
+        end = infos[last]["module"].split(".")[0] if last >= 0 else None
+        for name, child in self.body.named_children():
+            child.requires_grad_(False)
+            if name == end:
+                return
+
+    def train(self, mode: bool = True) -> Backbone:
+        """As `nn.Module.train`, but BatchNorm stays on its stored statistics where asked to."""
+        super().train(mode)
+        if mode:
+            for module in self.modules():
+                frozen = all(not p.requires_grad for p in module.parameters(recurse=False))
+                if isinstance(module, BATCH_NORMS) and (self.norm_eval or frozen):
+                    module.eval()
+        return self
+
+    def forward(self, images: Tensor) -> list[Tensor]:
+        """Normalised images (B, 3, H, W) to the maps [C3, C4, C5], each (B, C, H/s, W/s)."""
+        return cast(list[Tensor], self.body(images))
+
+
+def _create(name: str, pretrained: bool, base_channels: int) -> Any:
+    if not timm.is_model(name):
+        close = timm.list_models(f"*{name}*")[:3]
+        hint = f"; did you mean {', '.join(close)}?" if close else "; see timm.list_models()"
+        raise UserError(f"timm knows no backbone {name!r}{hint}")
+    if base_channels != 64:
+        return _narrow_resnet(name, pretrained, base_channels)
+    try:
+        levels: Any = timm.create_model(name, features_only=True, pretrained=False).feature_info
+        wanted = [i for i, r in enumerate(levels.reduction()) if r in STRIDES]
+        return timm.create_model(
+            name, features_only=True, pretrained=pretrained, out_indices=tuple(wanted)
+        )
+    except (OSError, RuntimeError) as error:
+        raise UserError(
+            f"backbone {name!r} cannot be built with pretrained={pretrained}: "
+            f"{' '.join(str(error).split())[:200]}; without the network use pretrained=False"
+        ) from None
+
+
+def _stride_first(body: Any, name: str, pretrained: bool) -> None:
+    """Moves the stride of each stage from the 3x3 convolution to the 1x1 before it."""
+    if pretrained:
+        raise UserError(
+            f"timm has no pretrained weights for the caffe-style {name}; use the name without "
+            f"{CAFFE!r}, or load a checkpoint"
+        )
+    if not hasattr(body, "layer4"):
+        raise UserError(f"only ResNets have a caffe-style form, {name!r} is none")
+    for module in body.modules():
+        if isinstance(module, Bottleneck):
+            module.conv1.stride, module.conv2.stride = module.conv2.stride, module.conv1.stride
+
+
+def _narrow_resnet(name: str, pretrained: bool, base_channels: int) -> Any:
+    """A ResNet whose stem and stages are base_channels/64 as wide."""
+    if name not in PLAIN_RESNETS:
+        raise UserError(
+            f"base_channels={base_channels} narrows {', '.join(PLAIN_RESNETS)} only; instead of "
+            f"{name!r} choose a smaller timm model by name"
+        )
+    if pretrained:
+        raise UserError(f"there are no pretrained weights for base_channels={base_channels}")
+    widths = tuple(width * base_channels // 64 for width in RESNET_WIDTHS)
+    body = timm.create_model(name, features_only=True, channels=widths, out_indices=(2, 3, 4))
+    _narrow_stem(body, base_channels)
+    return body
+
+
+def _narrow_stem(body: Any, width: int) -> None:
+    """Narrows the plain 7x7 stem, which timm always makes 64 wide."""
+    body.conv1 = nn.Conv2d(3, width, 7, stride=2, padding=3, bias=False)
+    body.bn1 = nn.BatchNorm2d(width)
+    first = body.layer1[0]
+    old = first.conv1
+    first.conv1 = nn.Conv2d(
+        width, old.out_channels, old.kernel_size, old.stride, old.padding, bias=False
+    )
+    out = body.layer1[-1].conv2 if not hasattr(first, "conv3") else body.layer1[-1].conv3
+    if out.out_channels == width:
+        first.downsample = None
+    else:
+        first.downsample = nn.Sequential(
+            nn.Conv2d(width, out.out_channels, 1, bias=False), nn.BatchNorm2d(out.out_channels)
+        )
+    for module in (body.conv1, first.conv1, first.downsample):
+        for conv in [] if module is None else module.modules():
+            if isinstance(conv, nn.Conv2d):
+                nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")

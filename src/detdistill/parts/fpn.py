@@ -1,0 +1,59 @@
+"""Feature pyramid network (Lin et al., arXiv 1612.03144) with extra coarse levels."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from detdistill.structures import Pyramid
+
+ExtraFrom = Literal["c5", "p5"]
+
+
+class FPN(nn.Module):
+    """C3, C4, C5 to P3..P7.
+
+    Args:
+        in_channels: channels of C3, C4, C5.
+        channels: channels of every pyramid level.
+        extra: the two coarse levels start from the backbone's C5 or from P5.
+        relu_before_extra: P7 is computed from P6 after ReLU; P6 itself stays as it is (FCOS).
+    """
+
+    strides = (8, 16, 32, 64, 128)
+
+    def __init__(
+        self,
+        in_channels: list[int],
+        channels: int,
+        extra: ExtraFrom,
+        relu_before_extra: bool = False,
+    ) -> None:
+        """Builds lateral 1x1, output 3x3 and strided extra convolutions (Xavier uniform)."""
+        super().__init__()
+        self.extra, self.relu_before_extra = extra, relu_before_extra
+        self.lateral = nn.ModuleList(nn.Conv2d(c, channels, 1) for c in in_channels)
+        first = in_channels[-1] if extra == "c5" else channels
+        self.output = nn.ModuleList(
+            nn.Conv2d(channels, channels, 3, padding=1) for _ in in_channels
+        )
+        self.output.append(nn.Conv2d(first, channels, 3, stride=2, padding=1))
+        self.output.append(nn.Conv2d(channels, channels, 3, stride=2, padding=1))
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)  # type: ignore[arg-type]
+
+    def forward(self, features: list[Tensor]) -> Pyramid:
+        """Backbone maps, fine to coarse, to the pyramid."""
+        merged = [lateral(f) for lateral, f in zip(self.lateral, features, strict=True)]
+        for fine in range(len(merged) - 1, 0, -1):
+            size = merged[fine - 1].shape[-2:]
+            merged[fine - 1] = merged[fine - 1] + F.interpolate(merged[fine], size=size)
+        *own, sixth, seventh = self.output
+        levels = [conv(m) for conv, m in zip(own, merged, strict=True)]
+        levels.append(sixth(features[-1] if self.extra == "c5" else levels[-1]))
+        levels.append(seventh(F.relu(levels[-1]) if self.relu_before_extra else levels[-1]))
+        return Pyramid(levels, self.strides)

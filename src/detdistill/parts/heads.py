@@ -1,0 +1,108 @@
+"""The stacked convolutions of a dense head, which can be entered at any depth."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class GroupNorm(nn.GroupNorm):
+    """PyTorch's own, for maps of one element per group too (a 1x1 level of a small image).
+
+    `nn.GroupNorm` refuses them; their normalised value is 0, so they become the bias.
+    """
+
+    def forward(self, level: Tensor) -> Tensor:
+        """(B, C, H, W) to the same shape."""
+        return torch.group_norm(level, self.num_groups, self.weight, self.bias, self.eps)
+
+
+class TowerBlock(nn.Module):
+    """3x3 convolution, then GroupNorm or nothing; the activation is the tower's."""
+
+    def __init__(self, in_channels: int, channels: int, group_norm: bool) -> None:
+        """A convolution followed by GroupNorm has no bias."""
+        super().__init__()
+        self.conv = nn.Conv2d(in_channels, channels, 3, padding=1, bias=not group_norm)
+        self.norm = GroupNorm(_groups(channels), channels) if group_norm else nn.Identity()
+        nn.init.normal_(self.conv.weight, std=0.01)
+        if self.conv.bias is not None:
+            nn.init.zeros_(self.conv.bias)
+
+    def forward(self, level: Tensor) -> Tensor:
+        """(B, C_in, H, W) to the map before the activation, (B, C, H, W)."""
+        return self.norm(self.conv(level))  # type: ignore[no-any-return]
+
+
+class Tower(nn.Module):
+    """`depth` blocks with ReLU, shared by all pyramid levels."""
+
+    def __init__(self, in_channels: int, channels: int, depth: int, group_norm: bool) -> None:
+        """All blocks are `channels` wide; a tower of depth 0 passes the level through."""
+        super().__init__()
+        self.blocks = nn.ModuleList(
+            TowerBlock(in_channels if i == 0 else channels, channels, group_norm)
+            for i in range(depth)
+        )
+        self.in_channels = in_channels
+        self.out_channels = channels if depth else in_channels
+
+    @property
+    def depth(self) -> int:
+        """The number of blocks."""
+        return len(self.blocks)
+
+    def channels_at(self, depth: int) -> int:
+        """Channels of the map at a depth: what `resume` expects there."""
+        return self.out_channels if depth else self.in_channels
+
+    def forward(self, level: Tensor, keep_pre_activation: bool) -> tuple[Tensor, list[Tensor]]:
+        """(B, C_in, H, W) to the final activated map and the maps at depth 0..D.
+
+        THE place that says what a depth means: depth 0 is the level itself, depth d the output of
+        block d after ReLU (what CrossKD's published code compares, because its ReLU works in
+        place), or before ReLU on request, which keeps a second copy of every map.
+        """
+        maps = [level]
+        for block in self.blocks:
+            before = block(level)
+            # Neither convolution nor GroupNorm needs its own output for the backward pass.
+            level = F.relu(before, inplace=not keep_pre_activation)
+            maps.append(before if keep_pre_activation else level)
+        return level, maps
+
+    def resume(self, activated: Tensor, depth: int) -> Tensor:
+        """Runs the blocks after the first `depth` on an activated map."""
+        for block in self.blocks[depth:]:
+            activated = F.relu(block(activated), inplace=True)
+        return activated
+
+
+class Scale(nn.Module):
+    """One learnable factor per pyramid level, starting at 1."""
+
+    def __init__(self) -> None:
+        """A scalar parameter."""
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(()))
+
+    def forward(self, level: Tensor) -> Tensor:
+        """The map times the factor."""
+        return level * self.scale
+
+
+def predictor(in_channels: int, out_channels: int, prior: float | None = None) -> nn.Conv2d:
+    """The last 3x3 convolution; `prior` is the initial score of every class (focal loss paper)."""
+    conv = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+    nn.init.normal_(conv.weight, std=0.01)
+    bias = 0.0 if prior is None else -math.log((1 - prior) / prior)
+    nn.init.constant_(conv.bias, bias)  # type: ignore[arg-type]
+    return conv
+
+
+def _groups(channels: int) -> int:
+    """32 groups as published, fewer only where 32 do not divide the channels."""
+    return next(g for g in range(min(32, channels), 0, -1) if channels % g == 0)

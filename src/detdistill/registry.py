@@ -1,0 +1,84 @@
+"""Names of detectors and methods: the name is the name of the class or function behind it."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import math
+from collections.abc import Callable, Iterable
+from fnmatch import fnmatch
+from typing import Annotated, Any, Generic, TypeVar, get_type_hints
+
+from annotated_types import Ge
+
+from detdistill.errors import UserError
+
+T = TypeVar("T")
+AtLeastOne = Annotated[int, Ge(1)]
+"""A count or a width."""
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """`"did you mean X?"` when a known name is close, else the list of known names."""
+    known = sorted(known)
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+    if close:
+        return f"did you mean {close[0]!r}?"
+    return f"known: {', '.join(known)}"
+
+
+class Registry(Generic[T]):
+    """A table of names that answers a wrong one with the nearest."""
+
+    def __init__(self, kind: str) -> None:
+        """`kind` is the noun used in messages, e.g. "detector"."""
+        self.kind = kind
+        self._entries: dict[str, T] = {}
+
+    def register(self, name: str) -> Callable[[T], T]:
+        """Decorator that files the object under `name`."""
+
+        def add(entry: T) -> T:
+            self._entries[name] = entry
+            return entry
+
+        return add
+
+    def get(self, name: str) -> T:
+        """The entry called `name`; `UserError` with the nearest name otherwise."""
+        if name not in self._entries:
+            raise UserError(f"unknown {self.kind} {name!r}; {nearest(name, self._entries)}")
+        return self._entries[name]
+
+    def names(self, pattern: str = "*") -> list[str]:
+        """Sorted names that match a shell pattern."""
+        return sorted(name for name in self._entries if fnmatch(name, pattern))
+
+
+def checked_keywords(what: str, entry: type, options: dict[str, Any]) -> dict[str, Any]:
+    """All keyword-only values of a constructor, defaults filled in.
+
+    Raises:
+        UserError: for an unknown keyword (with the nearest one), a wrong type, a number that is
+            negative or not finite, a width of 0.
+    """
+    from pydantic import TypeAdapter, ValidationError  # here: names alone must load at once
+
+    constructor = entry.__init__  # type: ignore[misc]
+    known = {
+        key: parameter.default
+        for key, parameter in inspect.signature(constructor).parameters.items()
+        if parameter.kind is parameter.KEYWORD_ONLY
+    }
+    hints = get_type_hints(constructor, include_extras=True)
+    for key, value in options.items():
+        if key not in known:
+            raise UserError(f"{what} has no option {key!r}; {nearest(key, known)}")
+        try:
+            TypeAdapter(hints[key]).validate_python(value, strict=True)
+        except ValidationError as error:
+            reason = error.errors()[0]["msg"]
+            raise UserError(f"{what}, option {key}: {reason} (found {value!r})") from None
+        if isinstance(value, (int, float)) and not 0 <= value < math.inf:
+            raise UserError(f"{what}, option {key} is {value}; expected a number from 0 on")
+    return {**known, **options}

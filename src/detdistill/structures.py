@@ -1,0 +1,226 @@
+"""The typed records that travel between the stages of a detector.
+
+Letters used for shapes everywhere: B images, L levels, A anchors per location, K classes,
+C channels, H x W the map of a level, P = sum over levels of H*W*A, N ground-truth boxes.
+Boxes are `xyxy` in pixels of the padded batch unless a name says otherwise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+IGNORE = -1
+"""Label of a ground-truth slot that is padding, and of an anchor that nobody learns from."""
+
+
+@dataclass(frozen=True)
+class Targets:
+    """Ground truth of a batch, padded so that assignment runs over the batch at once.
+
+    Attributes:
+        boxes: (B, N, 4) float32, xyxy in pixels of the padded batch; zeros where padded.
+        labels: (B, N) int64, 0..K-1; `IGNORE` where padded.
+        sizes: (h, w) of each image in pixels before padding.
+    """
+
+    boxes: Tensor
+    labels: Tensor
+    sizes: tuple[tuple[int, int], ...]
+
+    @property
+    def present(self) -> Tensor:
+        """(B, N) bool: which slots hold a box."""
+        return self.labels >= 0
+
+    def to(self, device: torch.device | str) -> Targets:
+        """The same targets on another device."""
+        return Targets(
+            self.boxes.to(device, non_blocking=True),
+            self.labels.to(device, non_blocking=True),
+            self.sizes,
+        )
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One prepared batch; student and teacher see the same one.
+
+    Attributes:
+        images: (B, 3, H, W) uint8 or float, RGB, 0..255, padded at the right and the bottom.
+            Floats outside 0..255 pass unchanged.
+        sizes: (h, w) of each image in pixels before padding.
+        targets: one dict per image: `boxes` (N, 4) xyxy in pixels of the batch, `labels` (N,)
+            int64 in 0..K-1. Empty for prediction.
+        image_ids: ids for messages; empty when unknown.
+    """
+
+    images: Tensor
+    sizes: Sequence[tuple[int, int]]
+    targets: Sequence[Mapping[str, Tensor]] = ()
+    image_ids: Sequence[int] = ()
+
+    def padded_targets(self) -> Targets:
+        """The ground truth as one `Targets` record."""
+        # At least one slot, so that assignment needs no branch for batches without boxes.
+        most = max((len(target["boxes"]) for target in self.targets), default=0) or 1
+        boxes = self.images.new_zeros((len(self.sizes), most, 4), dtype=torch.float32)
+        labels = torch.full(boxes.shape[:2], IGNORE, dtype=torch.int64, device=boxes.device)
+        for i, target in enumerate(self.targets):
+            count = len(target["boxes"])
+            boxes[i, :count] = target["boxes"].to(boxes)
+            labels[i, :count] = target["labels"].to(labels)
+        return Targets(boxes, labels, tuple((int(h), int(w)) for h, w in self.sizes))
+
+    def to(self, device: torch.device | str) -> Batch:
+        """The same batch on another device."""
+        return Batch(
+            self.images.to(device, non_blocking=True),
+            self.sizes,
+            [{k: v.to(device, non_blocking=True) for k, v in t.items()} for t in self.targets],
+            self.image_ids,
+        )
+
+    def pin_memory(self) -> Batch:
+        """The same batch in page-locked memory; `DataLoader` calls it."""
+        return Batch(
+            self.images.pin_memory(),
+            self.sizes,
+            [{k: v.pin_memory() for k, v in t.items()} for t in self.targets],
+            self.image_ids,
+        )
+
+
+@dataclass(frozen=True)
+class Pyramid:
+    """Feature maps from fine to coarse: `levels[l]` is (B, C, H_l, W_l) at `strides[l]` pixels."""
+
+    levels: list[Tensor]
+    strides: tuple[int, ...]
+
+    def __iter__(self) -> Iterator[Tensor]:
+        """Iterates over the level tensors."""
+        return iter(self.levels)
+
+    def __len__(self) -> int:
+        """L, the number of levels."""
+        return len(self.levels)
+
+    def __getitem__(self, level: int) -> Tensor:
+        """The map of one level."""
+        return self.levels[level]
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """What a dense head predicts, as maps, a list over levels.
+
+    Attributes:
+        logits: (B, A, K, H, W) per level, before the sigmoid.
+        boxes: (B, A, D, H, W) per level in the head's own encoding; D = 4, or 4*(R+1) for
+            distributions over R+1 bins.
+        quality: (B, A, H, W) logits per level, or None where the head has no quality branch.
+    """
+
+    logits: list[Tensor]
+    boxes: list[Tensor]
+    quality: list[Tensor] | None = None
+
+    def flatten(self) -> FlatPredictions:
+        """All levels as (B, P, ...), position-major, anchors fastest; float32."""
+        quality = None
+        if self.quality is not None:
+            flat = [q.permute(0, 2, 3, 1).flatten(1) for q in self.quality]
+            quality = torch.cat(flat, 1).float()
+        return FlatPredictions(flatten_maps(self.logits), flatten_maps(self.boxes), quality)
+
+
+@dataclass(frozen=True)
+class FlatPredictions:
+    """`Predictions` over all levels: logits (B, P, K), boxes (B, P, D), quality (B, P) or None."""
+
+    logits: Tensor
+    boxes: Tensor
+    quality: Tensor | None
+
+
+def flatten_maps(maps: Sequence[Tensor]) -> Tensor:
+    """List of (B, A, D, H, W) to (B, P, D) float32, in the order of the anchors; [] to (0,)."""
+    if not maps:
+        return torch.zeros(0)
+    return torch.cat([m.permute(0, 3, 4, 1, 2).flatten(1, 3) for m in maps], 1).float()
+
+
+@dataclass(frozen=True)
+class DenseOutput:
+    """All that a dense detector computed for a batch.
+
+    Attributes:
+        predictions: the head's predictions.
+        towers: `towers[branch][level][depth]`; depth 0 is the pyramid level, depth d the output of
+            tower block d AFTER its activation, or before it when the head was asked to keep
+            pre-activation maps (depth 0 has no activation).
+        anchors: per level (H*W*A, 4), xyxy pixels; for points both corners are the point.
+        pyramid: the pyramid that the head ran on.
+        features: what only some heads have.
+    """
+
+    predictions: Predictions
+    towers: dict[str, list[list[Tensor]]]
+    anchors: list[Tensor]
+    pyramid: Pyramid
+    features: dict[str, list[Tensor]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Assignment:
+    """Who learns what: one row per anchor of every image.
+
+    Attributes:
+        labels: (B, P) int64: 0..K-1 for positives, K for background. Where `weights` is 0 it
+            means nothing.
+        weights: (B, P) float32: 1 where the classification learns, 0 for ignored anchors and for
+            cells beyond the image.
+        positive: (B, P) bool.
+        boxes: (B, P, 4) the matched ground truth, xyxy pixels; zeros for the rest.
+        matched: (B, P) int64 index of the ground-truth box, -1 for the rest.
+        num_positive: scalar float32: positives of the batch as the detector counts them, never 0,
+            of this process or the mean over processes, as the detector's `reduce` says.
+        quality: (B, P) float32 target of the quality branch, 0..1 (centerness), 0 for the rest;
+            None where the head has no such branch.
+    """
+
+    labels: Tensor
+    weights: Tensor
+    positive: Tensor
+    boxes: Tensor
+    matched: Tensor
+    num_positive: Tensor
+    quality: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Detections:
+    """Final boxes of one image, best first.
+
+    Attributes:
+        boxes_xyxy: (M, 4) pixels.
+        scores: (M,) 0..1.
+        labels: (M,) int64, 0..K-1.
+    """
+
+    boxes_xyxy: Tensor
+    scores: Tensor
+    labels: Tensor
+
+    def __len__(self) -> int:
+        """M, the number of boxes."""
+        return len(self.scores)
+
+    def scaled(self, scale_x: float, scale_y: float) -> Detections:
+        """The same detections with boxes multiplied per axis."""
+        factor = self.boxes_xyxy.new_tensor([scale_x, scale_y, scale_x, scale_y])
+        return Detections(self.boxes_xyxy * factor, self.scores, self.labels)

@@ -1,0 +1,228 @@
+"""The same student with and without distillation: trained, tested, set side by side."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from detdistill.data import open_dataset
+from detdistill.detectors import load_detector
+from detdistill.engine.checkpoint import write_json, write_text
+from detdistill.evaluation.speed import latency_ms
+from detdistill.recipe import Recipe, read_yaml
+from detdistill.study.check import check_study, existing_teacher, method_options, teacher_file
+from detdistill.study.plan import STUDY, open_study, record, scaled_epochs, study_facts
+from detdistill.study.report import write_report
+from detdistill.study.runs import (
+    RunScore,
+    study_device,
+    test_once,
+    train_and_test,
+    with_gain_interval,
+)
+from detdistill.study.summary import Arm, paired_gains, verdicts, warnings
+from detdistill.study.table import NOTES, format_time, markdown_table, print_table
+
+SAME_TIME = "student_same_time"
+
+
+def compare(
+    recipe: Recipe,
+    out: Path,
+    *,
+    teacher: str,
+    methods: Sequence[str],
+    seeds: Sequence[int],
+    teacher_epochs: int | None = None,
+    on_status: Callable[[str], None] = print,
+) -> list[Arm]:
+    """Trains, tests and reports; called again, it continues where it stopped.
+
+    Args:
+        recipe: student, data and schedule of every arm; `methods` may hold method options.
+        out: the study's folder: `runs/<arm>/seed<k>`, `results.json`, `results.md`, `report.html`.
+        teacher: a run folder, a weights file, or a detector name; a named teacher is trained
+            first, by the same recipe with `recipe.teacher_options`.
+        methods: arms to add, e.g. ["crosskd", "crosskd+pkd"].
+        seeds: each arm but the teacher runs once with each.
+        teacher_epochs: of a teacher trained here, if not those of the recipe.
+        on_status: called with a line at each step of the study.
+
+    Returns:
+        The rows of the table: teacher, student, methods, student with the same training time.
+    """
+    methods, seeds = list(dict.fromkeys(methods)), list(dict.fromkeys(seeds))
+    check_study(recipe, teacher, methods, seeds)
+    settings: dict[str, Any] = {"teacher": teacher, "teacher_epochs": teacher_epochs}
+    settings |= {"recipe": recipe.model_dump(), "methods": methods, "seeds": seeds}
+    study = _Study(Path(out), recipe, open_study(Path(out), settings), on_status)
+    study.left = len(seeds) * (2 + len(methods)) + (teacher_file(teacher) is None)
+    teacher_score, weights = study.teacher(teacher, teacher_epochs)
+    scores: dict[str, list[RunScore]] = {}
+    for seed in seeds:
+        for name, score in study.seed(seed, methods, weights).items():
+            scores.setdefault(name, []).append(score)
+    arms = _with_latency(_arms(teacher_score, scores), study.taught_by(weights), study)
+    _write(study, arms)
+    on_status(f"report: {study.out / 'report.html'}")
+    return arms
+
+
+@dataclass
+class _Study:
+    """Runs of one study in their order, with a note of progress for each."""
+
+    out: Path
+    recipe: Recipe
+    state: dict[str, Any]
+    on_status: Callable[[str], None]
+    left: int = 0
+    seconds: list[float] = field(default_factory=list)
+
+    def teacher(self, teacher: str, epochs: int | None) -> tuple[RunScore, str]:
+        """The teacher's score and what a recipe calls it; a named one is trained first."""
+        folder = self.own_teacher
+        given = teacher_file(teacher)
+        if given is not None:
+            recipe = self.recipe.model_copy(update={"teacher": teacher})
+            tested = test_once(given, recipe, folder, lambda: existing_teacher(recipe))
+            return RunScore(0, folder, seconds=None, epochs=None, **tested), teacher
+        changes: dict[str, Any] = {
+            "student": teacher,
+            "student_options": self.recipe.teacher_options,
+            "teacher": None,
+            "teacher_options": {},
+            "methods": {},
+            "seed": 0,
+        }
+        recipe = self.recipe.model_copy(update=changes)
+        score = self.run("teacher", scaled_epochs(recipe, epochs or recipe.epochs))
+        return score, str(folder.resolve())
+
+    @property
+    def own_teacher(self) -> Path:
+        """Where a teacher lies that is trained here, and the numbers of one that is not."""
+        return self.out / "teacher"
+
+    def taught_by(self, teacher: str) -> Recipe:
+        """The recipe with its teacher; one trained here knows its options itself."""
+        changes: dict[str, Any] = {"teacher": teacher}
+        if teacher == str(self.own_teacher.resolve()):
+            changes["teacher_options"] = {}
+        return self.recipe.model_copy(update=changes)
+
+    def seed(self, seed: int, methods: list[str], teacher: str) -> dict[str, RunScore]:
+        """Control, methods and same-time control of one seed."""
+        alone: dict[str, Any] = {"teacher": None, "teacher_options": {}, "methods": {}}
+        control = self.recipe.model_copy(update={**alone, "seed": seed})
+        scores = {"student": self.run(f"runs/student/seed{seed}", control)}
+        for name in methods:
+            changes = {"methods": method_options(self.recipe, name), "seed": seed}
+            distilled = self.taught_by(teacher).model_copy(update=changes)
+            run = self.run(f"runs/{name}/seed{seed}", distilled)
+            scores[name] = with_gain_interval(run, scores["student"], self.recipe)
+        ratio = max(_seconds(scores[name]) for name in methods) / _seconds(scores["student"])
+        scores[SAME_TIME] = self.same_time(control, scores["student"], ratio)
+        return scores
+
+    def same_time(self, control: Recipe, done: RunScore, ratio: float) -> RunScore:
+        """A control that trains as long as the slowest distilled run of this seed took."""
+        epochs = max(control.epochs, round(control.epochs * ratio))
+        if epochs == control.epochs:
+            self.left -= 1
+            return done
+        name = f"runs/{SAME_TIME}/seed{control.seed}"
+        folder = self.out / name
+        if (folder / "recipe.yaml").exists():
+            before = read_yaml(folder / "recipe.yaml")["epochs"]
+            if before < epochs:  # a slower method has joined the study
+                os.replace(folder, folder.with_name(f"{folder.name}_{before}_epochs"))
+                record(self.out, self.state, name, "outgrown")
+            epochs = max(epochs, before)
+        return self.run(name, scaled_epochs(control, epochs))
+
+    def run(self, name: str, recipe: Recipe) -> RunScore:
+        """One run, announced, trained or found finished, tested once."""
+        if self.state["runs"].get(name) != "done":
+            self.on_status(f"{name}: training{self._time_left()}")
+            record(self.out, self.state, name, "training")
+        score = train_and_test(recipe, self.out / name)
+        record(self.out, self.state, name, "done")
+        self.left -= 1
+        self.seconds.append(_seconds(score))
+        self.on_status(
+            f"{name}: {100 * score.numbers['AP']:.1f} AP on test, "
+            f"trained in {format_time(_seconds(score))}"
+        )
+        return score
+
+    def _time_left(self) -> str:
+        if not self.seconds:
+            return f" ({self.left} runs to go)"
+        left = format_time(self.left * statistics.fmean(self.seconds))
+        return f" ({self.left} runs to go, about {left})"
+
+
+def _seconds(score: RunScore) -> float:
+    return score.seconds or 0.0
+
+
+def _arms(teacher: RunScore, scores: dict[str, list[RunScore]]) -> list[Arm]:
+    """Rows in the order of the table: teacher, student, methods, student with the same time."""
+    same_time = Arm(SAME_TIME, "same_time", tuple(scores.pop(SAME_TIME)))
+    control = Arm("student", "control", tuple(scores.pop("student")))
+    taught = [Arm(name, "method", tuple(runs)) for name, runs in scores.items()]
+    return [Arm("teacher", "teacher", (teacher,)), control, *taught, same_time]
+
+
+def _with_latency(arms: list[Arm], taught: Recipe, study: _Study) -> list[Arm]:
+    """Times teacher and student one after the other; all students are the same network."""
+    device = study_device(study.recipe)
+    times = study.state["latency_ms"]
+    if device.type not in times:
+        image = open_dataset(study.recipe, "test").read(0)
+        height, width = int(image.shape[1]), int(image.shape[2])
+        pair = {
+            "teacher": existing_teacher(taught),
+            "student": load_detector(arms[1].runs[0].folder),
+        }
+        times[device.type] = {
+            name: latency_ms(detector, height, width, device, image=image)
+            for name, detector in pair.items()
+        }
+        write_json(study.out / STUDY, study.state)
+    found = times[device.type]
+    return [
+        dataclasses.replace(arm, latency_ms=found[arm.name if arm.name in found else "student"])
+        for arm in arms
+    ]
+
+
+def _write(study: _Study, arms: list[Arm]) -> None:
+    """The results as JSON, Markdown and a page; then the table on standard output."""
+    out, sentences, caveats = study.out, verdicts(arms), warnings(arms)
+    facts = study_facts(study.recipe, study.state)
+    rows = [_arm_values(arm, arms[1], out) for arm in arms]
+    results = {"verdict": sentences, "warnings": caveats, "arms": rows, "facts": facts}
+    write_json(out / "results.json", results)
+    lines = [*sentences, *(f"**Warning:** {caveat}" for caveat in caveats)]
+    settings = "\n".join(f"- {name}: {value}" for name, value in facts.items())
+    parts = ["# Results", markdown_table(arms), "\n".join(lines), NOTES, settings]
+    write_text(out / "results.md", "\n\n".join(parts) + "\n")
+    write_report(out, study.recipe, arms, sentences, caveats, facts)
+    print_table(arms, sentences, caveats)
+
+
+def _arm_values(arm: Arm, control: Arm, out: Path) -> dict[str, Any]:
+    """One arm as plain values, AP on the 0..1 scale as COCO has it."""
+    values = dataclasses.asdict(arm) | {"title": arm.title}
+    for run in values["runs"]:
+        run["folder"] = os.path.relpath(run["folder"], out)
+    if arm.kind in ("method", "same_time"):
+        values["ap_gains"] = [gain / 100 for gain in paired_gains(arm, control)]
+    return values

@@ -1,0 +1,137 @@
+"""The state of a study in its folder: what it compares, and how far it is."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shlex
+import subprocess
+import sys
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from detdistill.data import open_dataset
+from detdistill.engine.checkpoint import FREE as RUN_FREE
+from detdistill.engine.checkpoint import write_json
+from detdistill.errors import UserError
+from detdistill.recipe import Recipe
+from detdistill.study.runs import read_json, study_device
+
+STUDY = "study.json"
+FREE = RUN_FREE | {"seed", "methods", "teacher"}
+"""Recipe keys that may change between two calls: they change no result, or are set per run."""
+
+
+def open_study(out: Path, settings: dict[str, Any]) -> dict[str, Any]:
+    """Starts a study in a new or empty folder, or continues the one that is there.
+
+    Seeds and methods may be added or left out; all else must be as it was.
+
+    Args:
+        out: the study's folder.
+        settings: recipe (plain values), teacher, teacher_epochs, methods, seeds.
+
+    Returns:
+        The content of `study.json`, already written.
+    """
+    path = out / STUDY
+    state: dict[str, Any] = {"runs": {}, "latency_ms": {}}
+    if path.exists():
+        state = read_json(path)
+        _refuse_difference(path, state, settings)
+        methods = {**state["recipe"]["methods"], **settings["recipe"]["methods"]}
+        settings = {**settings, "recipe": {**settings["recipe"], "methods": methods}}
+    elif out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(
+            f"{out}: holds something else than a study (no {STUDY}): give another --out folder"
+        )
+    out.mkdir(parents=True, exist_ok=True)
+    state = {"format": 1, **state, **settings, "command": command_line()}
+    write_json(path, state)
+    return state
+
+
+def record(out: Path, state: dict[str, Any], run: str, progress: str) -> None:
+    """Notes a run as "training" or "done" in `study.json`."""
+    state["runs"][run] = progress
+    write_json(out / STUDY, state)
+
+
+def command_line() -> str:
+    """What was typed, with the program's plain name."""
+    return shlex.join(["detdistill", *sys.argv[1:]])
+
+
+def study_facts(recipe: Recipe, state: dict[str, Any]) -> dict[str, str]:
+    """What one needs to know to repeat a study: command, device, versions."""
+    test = open_dataset(recipe, "test")
+    boxes = sum(len(record.labels) for record in test.records)
+    device = study_device(recipe)
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+    else:
+        name = (
+            f"CPU ({platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads)"
+        )
+    packages = ("detdistill", "torch", "torchvision", "timm", "hotcoco", "numpy")
+    return {
+        "command": state["command"],
+        "device": name,
+        "data": str(recipe.data or recipe.test_annotations),
+        "test split": f"{len(test)} images, {boxes} boxes, {len(test.classes)} classes",
+        "student": recipe.student,
+        "teacher": state["teacher"],
+        "seeds": ", ".join(str(seed) for seed in state["seeds"]),
+        "python": platform.python_version(),
+        "versions": ", ".join(f"{package} {version(package)}" for package in packages),
+        **source_commit(),
+    }
+
+
+def source_commit() -> dict[str, str]:
+    """The commit of a package that runs from its own checkout; nothing for an installed one."""
+    here = Path(__file__)
+    git = ["git", "-C", str(here.parent)]
+    try:
+        # An installed package may lie below somebody else's checkout, which does not track it.
+        _output([*git, "ls-files", "--error-unmatch", here.name])
+        changed = _output([*git, "status", "--porcelain", "--untracked-files=no", "."])
+        commit = _output([*git, "rev-parse", "HEAD"])
+    except (OSError, subprocess.SubprocessError):
+        return {}
+    return {"commit": commit + (" with local changes" if changed else "")}
+
+
+def _output(command: list[str]) -> str:
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=20)
+    return done.stdout.strip()
+
+
+def scaled_epochs(recipe: Recipe, epochs: int) -> Recipe:
+    """The same schedule stretched to another number of epochs."""
+    factor = epochs / recipe.epochs
+    steps = None if recipe.max_steps is None else max(1, round(recipe.max_steps * factor))
+    milestones = [max(1, round(epoch * factor)) for epoch in recipe.milestones]
+    changes = {"epochs": epochs, "max_steps": steps, "milestones": milestones}
+    return recipe.model_copy(update=changes)
+
+
+def _refuse_difference(path: Path, state: dict[str, Any], settings: dict[str, Any]) -> None:
+    """`UserError` that names the first setting in which the stored study differs."""
+    old, new = dict(state["recipe"]), dict(settings["recipe"])
+    pairs = [(key, old.get(key), new.get(key)) for key in new if key not in FREE]
+    pairs += [(key, state[key], settings[key]) for key in ("teacher", "teacher_epochs")]
+    pairs += [
+        (f"methods.{name}", old["methods"][name], options)
+        for name, options in new["methods"].items()
+        if name in old["methods"]
+    ]
+    for key, before, now in pairs:
+        if before != now:
+            raise UserError(
+                f"{path}: this folder holds a study with {key} {before!r}, asked for is {now!r}: "
+                "give another --out folder, or the same settings to continue it"
+            )

@@ -1,0 +1,159 @@
+"""One page about a study that needs nothing beside: no network, no other file."""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Sequence
+from importlib.resources import files
+from pathlib import Path
+from string import Template
+
+from detdistill.data import open_dataset
+from detdistill.engine.checkpoint import write_text
+from detdistill.recipe import Recipe, dump_recipe
+from detdistill.study.curves import ap_chart, arm_colours, class_chart, loss_chart, seeds_chart
+from detdistill.study.gallery import CORRECT, FALSE, MISSED, TRUTH, Panel, make_gallery
+from detdistill.study.summary import Arm, paired_gains
+from detdistill.study.table import HEADER, NOTES, size_rows, table_rows
+
+LEGEND = "".join(
+    f'<span class="key"><span class="box" style="border:3px {style} {colour}"></span>{name}</span>'
+    for name, colour, style in (
+        ("object", TRUTH, "solid"),
+        ("found", CORRECT, "solid"),
+        ("false alarm", FALSE, "solid"),
+        ("missed", MISSED, "dashed"),
+    )
+)
+SIZES = ("", "AP small (below 32 px)", "AP medium", "AP large (from 96 px)")
+GROUPS = {
+    "gains": "Where distillation helps most",
+    "losses": "Where it hurts most",
+}
+
+
+def write_report(
+    out: Path,
+    recipe: Recipe,
+    arms: Sequence[Arm],
+    sentences: Sequence[str],
+    caveats: Sequence[str],
+    facts: dict[str, str],
+) -> Path:
+    """Writes `report.html` into the study's folder and returns its path."""
+    template = Template((files("detdistill.study") / "report.html").read_text(encoding="utf-8"))
+    control = next(arm for arm in arms if arm.kind == "control")
+    best = best_method(arms)
+    page = template.substitute(
+        title=html.escape(f"Does distillation help {recipe.student}?"),
+        verdict="".join(f"<p>{html.escape(text)}</p>" for text in sentences),
+        warnings="".join(
+            f'<p class="warning"><strong>Warning.</strong> {html.escape(text)}</p>'
+            for text in caveats
+        ),
+        cards=_cards(arms, control, best),
+        seeds=seeds_chart(arms),
+        table=_table(arms, HEADER, table_rows(arms)),
+        sizes=_table(arms, SIZES, size_rows(arms)),
+        notes=html.escape(NOTES),
+        curves=_figures(arms),
+        classes=_classes(arms, control),
+        legend=LEGEND,
+        gallery=_gallery(arms, best, recipe),
+        facts=_facts(facts),
+        recipe=html.escape(dump_recipe(recipe)),
+    )
+    path = out / "report.html"
+    write_text(path, page)
+    return path
+
+
+def best_method(arms: Sequence[Arm]) -> Arm:
+    """The method with the highest mean AP; it is the one that is shown in pictures."""
+    return max((arm for arm in arms if arm.kind == "method"), key=lambda arm: arm.mean())
+
+
+def _cards(arms: Sequence[Arm], control: Arm, best: Arm) -> str:
+    """The three numbers that answer the question at a glance."""
+    teacher = next(arm for arm in arms if arm.kind == "teacher")
+    gains = paired_gains(best, control)
+    gain = sum(gains) / len(gains)
+    cards = [
+        ("student alone", f"{control.mean():.1f}", "AP on test"),
+        (f"student + {best.title}", f"{best.mean():.1f}", f"AP on test, {gain:+.1f}"),
+        ("teacher", f"{teacher.mean():.1f}", "AP on test"),
+    ]
+    return "".join(
+        f'<div class="card"><div class="label">{html.escape(label)}</div>'
+        f'<div class="number">{number}</div><div class="unit">{html.escape(unit)}</div></div>'
+        for label, number, unit in cards
+    )
+
+
+def _table(arms: Sequence[Arm], header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    head = "".join(f'<th scope="col">{html.escape(name) or "arm"}</th>' for name in header)
+    colours = arm_colours(arms)
+    body = []
+    for arm, (title, *cells) in zip(arms, rows, strict=True):
+        swatch = f'<span class="swatch" style="background:{colours[arm.name]}"></span>'
+        row = "".join(f"<td>{html.escape(cell)}</td>" for cell in cells)
+        body.append(
+            f'<tr class="{arm.kind}"><th scope="row">{swatch}{html.escape(title)}</th>{row}</tr>'
+        )
+    return f"<thead><tr>{head}</tr></thead><tbody>{''.join(body)}</tbody>"
+
+
+def _figures(arms: Sequence[Arm]) -> str:
+    charts = {
+        "AP on val during training. One line per seed; dashed: teacher and same-time student.": (
+            ap_chart(arms)
+        ),
+        "Loss terms on train as they enter the sum (weighted, smoothed). "
+        "The highest first values are cut off.": loss_chart(arms),
+    }
+    parts = [_figure(chart, caption) for caption, chart in charts.items() if chart]
+    return "".join(parts) or "<p>The runs logged no curves.</p>"
+
+
+def _classes(arms: Sequence[Arm], control: Arm) -> str:
+    colours, parts = arm_colours(arms), []
+    for arm in arms:
+        if arm.kind == "method":
+            chart = class_chart(arm, control, colours[arm.name])
+            if chart:
+                caption = f"{arm.title}: gain per class on test, mean over seeds, paired."
+                parts.append(_figure(chart, caption))
+    return "".join(parts) or "<p>No class has test boxes.</p>"
+
+
+def _figure(svg: str, caption: str) -> str:
+    return f"<figure>{svg}<figcaption>{html.escape(caption)}</figcaption></figure>"
+
+
+def _gallery(arms: Sequence[Arm], best: Arm, recipe: Recipe) -> str:
+    groups = make_gallery(arms, best, open_dataset(recipe, "test"))
+    parts = []
+    for group, rows in groups.items():
+        if rows:
+            parts.append(f"<h3>{GROUPS[group]}</h3>")
+            parts += [_gallery_row(row) for row in rows]
+    return "".join(parts) or "<p>Student and distilled student do alike on every picture.</p>"
+
+
+def _gallery_row(row: Sequence[Panel]) -> str:
+    cells = []
+    for panel in row:
+        alt = html.escape(f"{panel.title}: {panel.caption}", quote=True)
+        cells.append(
+            f'<figure><img src="{panel.data_uri}" alt="{alt}"><figcaption>'
+            f"<strong>{html.escape(panel.title)}</strong> {html.escape(panel.caption)}"
+            "</figcaption></figure>"
+        )
+    return f'<div class="row">{"".join(cells)}</div>'
+
+
+def _facts(facts: dict[str, str]) -> str:
+    return "".join(
+        f"<dt>{html.escape(name)}</dt><dd><code>{html.escape(value)}</code></dd>"
+        for name, value in facts.items()
+    )

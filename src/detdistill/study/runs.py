@@ -1,0 +1,175 @@
+"""One run of a study: trained once, tested once, read back from its folder."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from detdistill.data import open_dataset
+from detdistill.detectors import DenseDetector, load_detector
+from detdistill.engine.checkpoint import write_json, write_text
+from detdistill.engine.train import train
+from detdistill.errors import UserError
+from detdistill.evaluation.coco import ap_gain_interval, coco_metrics
+from detdistill.evaluation.run import detect_dataset
+from detdistill.evaluation.speed import count_parameters
+from detdistill.recipe import Recipe, dump_recipe
+
+WEIGHTS = "model.safetensors"
+STATUS = "run.json"
+TEST = "test.json"
+TEST_DETECTIONS = "test_detections.json"
+TEST_GAIN = "test_gain.json"
+
+
+@dataclass(frozen=True)
+class RunScore:
+    """What one finished run reached on the test split.
+
+    Attributes:
+        seed: of the run.
+        folder: where it lies; holds `metrics.jsonl` and `test_detections.json`.
+        numbers: the 12 COCO numbers, 0..1.
+        per_class: AP of each class, 0..1, -1 where undefined.
+        detector: registry name.
+        parameters: of the detector.
+        seconds: training time alone; None for weights that were trained elsewhere.
+        epochs: how long it trained; None as above.
+        gain_interval: of a distilled run: 95 % of its gains in AP (0..1) over the control of the
+            same seed, over resampled test images.
+    """
+
+    seed: int
+    folder: Path
+    numbers: dict[str, float]
+    per_class: dict[str, float]
+    detector: str
+    parameters: int
+    seconds: float | None
+    epochs: int | None
+    gain_interval: tuple[float, float] | None = None
+
+
+def train_and_test(recipe: Recipe, folder: Path) -> RunScore:
+    """Trains (or resumes, or finds finished) one run and tests it once."""
+    if not _is_finished(recipe, folder):
+        if recipe.devices > 1:
+            train_in_processes(recipe, folder)
+        else:
+            train(recipe, folder, resume=True)
+    tested = test_once(folder / WEIGHTS, recipe, folder, lambda: load_detector(folder))
+    seconds = float(read_json(folder / STATUS)["seconds"])
+    return RunScore(
+        seed=recipe.seed, folder=folder, seconds=seconds, epochs=recipe.epochs, **tested
+    )
+
+
+def train_in_processes(recipe: Recipe, folder: Path) -> None:
+    """Trains on several devices, in a program of its own.
+
+    The launcher of several processes starts the running program anew in each of them; that must
+    be one training, not the whole study.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    plan = folder.with_name(f"{folder.name}.yaml")
+    write_text(plan, dump_recipe(recipe))
+    command = [sys.executable, "-m", "detdistill.study.worker", str(plan), str(folder)]
+    if subprocess.run(command, check=False).returncode:
+        raise UserError(f"{folder}: training on {recipe.devices} devices failed, see above")
+
+
+def _is_finished(recipe: Recipe, folder: Path) -> bool:
+    """Whether this very run is done: opening the training data again would only cost time."""
+    stored, status = folder / "recipe.yaml", folder / STATUS
+    if not (stored.exists() and status.exists() and (folder / WEIGHTS).exists()):
+        return False
+    same = stored.read_text(encoding="utf-8") == dump_recipe(recipe)
+    return same and bool(read_json(status)["done"])
+
+
+def test_once(
+    weights: Path, recipe: Recipe, folder: Path, load: Callable[[], DenseDetector]
+) -> dict[str, Any]:
+    """The test numbers of a weights file; a second call reads them back from `folder`.
+
+    The file's checksum is stored beside them, so that numbers never outlive the weights.
+    """
+    checksum = file_sha256(weights)
+    stored = read_json(folder / TEST) if (folder / TEST).exists() else {}
+    if stored.get("sha256") != checksum:
+        detector = load()
+        dataset = open_dataset(recipe, "test")
+        if dataset.faults:
+            print(dataset.fault_summary(), file=sys.stderr)
+        results = detect_dataset(detector, dataset, recipe, study_device(recipe))
+        metrics = coco_metrics(dataset.ground_truth(), results)
+        stored = {
+            "sha256": checksum,
+            "split": "test",
+            "numbers": metrics.numbers,
+            "per_class": metrics.per_class,
+            "detector": detector.name,
+            "parameters": count_parameters(detector),
+        }
+        folder.mkdir(parents=True, exist_ok=True)
+        write_text(folder / TEST_DETECTIONS, json.dumps(results))  # long: on one line
+        write_json(folder / TEST, stored)
+    return {key: stored[key] for key in ("numbers", "per_class", "detector", "parameters")}
+
+
+def with_gain_interval(run: RunScore, control: RunScore, recipe: Recipe) -> RunScore:
+    """The run with its interval, computed once and read back afterwards."""
+    pair = [read_json(folder / TEST)["sha256"] for folder in (control.folder, run.folder)]
+    path = run.folder / TEST_GAIN
+    stored = read_json(path) if path.exists() else {}
+    if stored.get("sha256") != pair:
+        truth = open_dataset(recipe, "test").ground_truth()
+        before, after = (read_json(r.folder / TEST_DETECTIONS) for r in (control, run))
+        stored = {"sha256": pair, "interval": ap_gain_interval(truth, before, after)}
+        write_json(path, stored)
+    interval = stored["interval"]
+    return replace(run, gain_interval=None if interval is None else tuple(interval))
+
+
+def study_device(recipe: Recipe) -> torch.device:
+    """Where a study tests and times its detectors."""
+    wanted = recipe.accelerator
+    if wanted == "auto":
+        wanted = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(wanted)
+
+
+def read_log(folder: Path, kind: str) -> list[dict[str, Any]]:
+    """The "step" or "eval" lines of a run in order of steps; of repeated steps the last counts.
+
+    A resumed run may have logged a step twice, and a killed one may have left half a line.
+    """
+    path = folder / "metrics.jsonl"
+    found: dict[int, dict[str, Any]] = {}
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+        try:
+            entry = json.loads(line)
+        except json.JSONDecodeError:
+            continue
+        if entry.get("kind") == kind:
+            found[entry["step"]] = entry
+    return [found[step] for step in sorted(found)]
+
+
+def read_json(path: Path) -> Any:
+    """The content of a JSON file."""
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def file_sha256(path: Path) -> str:
+    """Hexadecimal checksum of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,214 @@
+"""What the numbers of a study say: paired gains, the honest sentence about them, warnings.
+
+All AP values here are on the 0..100 scale.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from detdistill.study.runs import RunScore, read_log
+
+Kind = Literal["teacher", "control", "method", "same_time"]
+
+TITLES = {
+    "crosskd": "CrossKD",
+    "pkd": "PKD",
+    "head": "HEAD",
+    "tf_head": "TF-HEAD",
+    "rm": "RM",
+    "pfi": "PFI",
+}
+# Two-sided 5 % limits of Student's t for 1, 2, ... degrees of freedom; the last for more.
+T_LIMITS = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23)
+CONVERGED = 1.0
+"""A control that still gains this many AP in its last quarter has not converged."""
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One row of the table: the same training over all seeds.
+
+    Attributes:
+        name: folder name, e.g. "student" or "crosskd+pkd".
+        kind: what it is compared as.
+        runs: one per seed; the teacher has one.
+        latency_ms: per image at batch 1, whole prediction.
+    """
+
+    name: str
+    kind: Kind
+    runs: tuple[RunScore, ...]
+    latency_ms: float | None = None
+
+    @property
+    def title(self) -> str:
+        """Name for people."""
+        if self.kind == "same_time":
+            return "student, same time"
+        return "+".join(TITLES.get(part, part) for part in self.name.split("+"))
+
+    def values(self, number: str = "AP") -> list[float]:
+        """A COCO number of each seed, 0..100."""
+        return [100 * run.numbers[number] for run in self.runs]
+
+    def mean(self, number: str = "AP") -> float:
+        """Mean over the seeds, 0..100."""
+        return statistics.fmean(self.values(number))
+
+    @property
+    def seconds(self) -> float | None:
+        """Mean training time; None when trained elsewhere."""
+        known = [run.seconds for run in self.runs if run.seconds is not None]
+        return statistics.fmean(known) if known else None
+
+
+def paired_gains(arm: Arm, control: Arm) -> list[float]:
+    """AP over the control's run of the same seed."""
+    by_seed = {run.seed: 100 * run.numbers["AP"] for run in control.runs}
+    return [100 * run.numbers["AP"] - by_seed[run.seed] for run in arm.runs]
+
+
+def gap_closed(arm: Arm, control: Arm, teacher: Arm) -> float | None:
+    """Share of the distance from control to teacher; None when the teacher is not ahead."""
+    gap = teacher.mean() - control.mean()
+    return (arm.mean() - control.mean()) / gap if gap > 0 else None
+
+
+def spread(values: Sequence[float]) -> float | None:
+    """Sample standard deviation; None for a single value."""
+    return statistics.stdev(values) if len(values) > 1 else None
+
+
+def is_clear(gains: Sequence[float]) -> bool:
+    """Whether all gains have one sign and their mean differs from 0 (two-sided t test, 5 %)."""
+    if len(gains) < 2 or not (min(gains) > 0 or max(gains) < 0):
+        return False
+    error = statistics.stdev(gains) / math.sqrt(len(gains))
+    limit = T_LIMITS[min(len(gains) - 1, len(T_LIMITS)) - 1]
+    return abs(statistics.fmean(gains)) > limit * error
+
+
+def verdict(title: str, gains: Sequence[float], caveat: str = "") -> str:
+    """One honest sentence about paired gains; `caveat` says where they do not hold."""
+    mean = f"{_signed(statistics.fmean(gains))} AP"
+    if len(gains) == 1:
+        return (
+            f"{title}: {mean} with one seed, which says nothing about the spread between seeds: "
+            "use at least three (--seeds 0,1,2)."
+        )
+    # As they are shown: a gain that reads +0.0 is neither positive nor negative.
+    low, high = round(min(gains), 1), round(max(gains), 1)
+    reach = f"seeds {_signed(low)} to {_signed(high)}"
+    if low < 0 < high:
+        return f"{title}: no clear gain, the seeds disagree ({mean}, {reach})."
+    if low == high == 0:
+        return f"{title}: no gain ({mean}, {reach})."
+    if low <= 0 <= high:
+        return f"{title}: no clear gain, some seeds show none ({mean}, {reach})."
+    sign = "positive" if low > 0 else "negative"
+    if not is_clear(gains):
+        return (
+            f"{title}: no clear gain. {mean} ({reach}, all {sign}), but {len(gains)} seeds spread "
+            "too widely to be sure: add seeds."
+        )
+    word = f"helps{caveat}" if sign == "positive" else "hurts"
+    return f"{title} {word}: {mean} ({reach}, all {sign})."
+
+
+def _signed(value: float) -> str:
+    """One decimal with its sign; what rounds to 0 is +0.0."""
+    return f"{round(value, 1) + 0:+.1f}"
+
+
+def verdicts(arms: Sequence[Arm]) -> list[str]:
+    """Sentences about each method: against the control, the teacher, and the same-time control."""
+    teacher, control = _only(arms, "teacher"), _only(arms, "control")
+    same_time = _only(arms, "same_time")
+    sentences = []
+    for arm in arms:
+        if arm.kind != "method":
+            continue
+        gains = paired_gains(arm, same_time)
+        caveat = " at equal steps, not at equal training time" if max(gains) <= 0 else ""
+        text = verdict(arm.title, paired_gains(arm, control), caveat)
+        share = gap_closed(arm, control, teacher)
+        if share is not None and arm.mean() >= teacher.mean():
+            text += f" It reaches {arm.mean():.1f} AP, the teacher {teacher.mean():.1f}."
+        elif share is not None and share > 0:
+            gap = teacher.mean() - control.mean()
+            text += f" It closes {share:.0%} of the {gap:.1f} AP between student and teacher."
+        sentences.append(text)
+        sentences.append(_against_same_time(arm.title, gains, same_time, control))
+    return sentences
+
+
+def warnings(arms: Sequence[Arm]) -> list[str]:
+    """What makes the numbers worth less than they look."""
+    teacher, control = _only(arms, "teacher"), _only(arms, "control")
+    found = []
+    if teacher.mean() <= control.mean():
+        found.append(
+            f"The teacher ({teacher.mean():.1f} AP) is no better than the student alone "
+            f"({control.mean():.1f} AP): a better teacher comes before any distillation."
+        )
+    found += [text for arm in arms if arm.kind == "method" for text in _within_noise(arm)]
+    late = [gain for run in control.runs if (gain := late_gain(run)) is not None]
+    if late and statistics.fmean(late) >= CONVERGED:
+        found.append(
+            f"The student alone has not converged: its last quarter of training still gained "
+            f"{statistics.fmean(late):.1f} AP on val, so part of the gain may be faster learning. "
+            "Train longer (--set epochs=...)."
+        )
+    return found
+
+
+def late_gain(run: RunScore) -> float | None:
+    """AP gained on val in the last quarter of training; None with too few evaluations."""
+    log = read_log(run.folder, "eval")
+    if len(log) < 2:
+        return None
+    before = [entry for entry in log if entry["step"] <= 0.75 * log[-1]["step"]]
+    if not before:
+        return None
+    return float(100 * (log[-1]["metrics"]["AP"] - before[-1]["metrics"]["AP"]))
+
+
+def _within_noise(arm: Arm) -> list[str]:
+    """A warning when the test images are too few to tell the gain of some seed from nothing."""
+    unsure = [
+        (run.seed, low, high)
+        for run in arm.runs
+        if run.gain_interval is not None
+        for low, high in [run.gain_interval]
+        if low <= 0 <= high
+    ]
+    if not unsure:
+        return []
+    seed, low, high = min(unsure, key=lambda entry: entry[1])
+    return [
+        f"The test split is too small to be sure of every run: with other images of its kind "
+        f"{arm.title} could gain {100 * low:+.1f} to {100 * high:+.1f} AP with seed {seed} "
+        "(95 %, resampled test images)."
+    ]
+
+
+def _against_same_time(title: str, gains: list[float], same_time: Arm, control: Arm) -> str:
+    epochs = [run.epochs for run in same_time.runs if run.epochs is not None]
+    base = [run.epochs for run in control.runs if run.epochs is not None]
+    factor = statistics.fmean(epochs) / statistics.fmean(base)
+    if factor == 1:
+        return "Distillation took no longer than the student alone, which so had the same time."
+    reach = f" (seeds {min(gains):+.1f} to {max(gains):+.1f})" if len(gains) > 1 else ""
+    return (
+        f"Against the student alone given the same training time ({factor:.2g} x the epochs): "
+        f"{title} {statistics.fmean(gains):+.1f} AP{reach}."
+    )
+
+
+def _only(arms: Sequence[Arm], kind: Kind) -> Arm:
+    return next(arm for arm in arms if arm.kind == kind)

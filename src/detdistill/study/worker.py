@@ -1,0 +1,28 @@
+"""One training of a study as a program: `python -m detdistill.study.worker RECIPE RUN`."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+from detdistill.engine.train import train
+from detdistill.errors import UserError
+from detdistill.recipe import read_yaml, validate_recipe
+
+
+def main(arguments: list[str]) -> int:
+    """Trains or resumes; 2 when the user has to change something."""
+    recipe_file, folder = arguments
+    try:
+        recipe = validate_recipe(read_yaml(Path(recipe_file)), recipe_file)
+        train(recipe, Path(folder), resume=True)
+    except UserError as error:
+        if os.environ.get("LOCAL_RANK", "0") == "0":  # not once per process
+            print(error, file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

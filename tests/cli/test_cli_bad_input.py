@@ -1,0 +1,195 @@
+"""Bad input: one sentence on stderr that names what is wrong, exit code 2, nothing written."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.cli.conftest import Run
+
+SMALL = [
+    *("--set", "max_steps=1", "--set", "resize_short=[64]", "--set", "resize_long=64"),
+    *("--set", "batch_size=2", "--set", "workers=0"),
+    *("--set", "student_options={base_channels: 8, fpn_channels: 32, tower_channels: 64}"),
+]
+TRAIN = ["train", "--detector", "gfl_r18", "--data", "my_coco", "--out", "run", *SMALL]
+DISTILL = ["distill", "--teacher", "teacher.safetensors", "--student", "gfl_r18"]
+DISTILL += ["--method", "crosskd", "--data", "my_coco", "--out", "run", *SMALL]
+COMPARE = ["compare", "--teacher", "gfl_r18", "--student", "gfl_r18", "--methods", "crosskd"]
+COMPARE += ["--data", "my_coco", "--out", "run", *SMALL]
+
+
+def refused(run: Run, arguments: list[str], *fragments: str) -> str:
+    """The one sentence, after the checks that hold for every refusal."""
+    code, _, err = run(*arguments)
+    assert code == 2, err
+    [sentence] = err.strip().splitlines()
+    assert sentence.startswith("detdistill: ")
+    assert "Traceback" not in sentence
+    for fragment in fragments:
+        assert fragment in sentence
+    assert not Path("run").exists()
+    return sentence
+
+
+@pytest.mark.parametrize(
+    ("arguments", "fragments"),
+    [
+        (["train", "--data", "my_coco", "--out", "run"], ["--detector NAME"]),
+        (["train", "--detector", "gfl_r18", "--out", "run"], ["--data FOLDER"]),
+        (["train", "--detector", "glf_r18", "--data", "d", "--out", "run"], ["'gfl_r18'"]),
+        ([*TRAIN, "--set", "bach_size=2"], ["'bach_size'", "'batch_size'"]),
+        ([*TRAIN, "--set", "batch_size=many"], ["batch_size", "'many'"]),
+        ([*TRAIN, "--set", "batch_size=0"], ["batch_size", "0"]),
+        ([*TRAIN, "--set", "batch_size"], ["key=value"]),
+        ([*TRAIN, "--set", "schedule=step"], ["milestones"]),
+        ([*TRAIN, "--set", "lr=abc"], ["--set lr=abc: lr:"]),
+        ([*TRAIN, "--set", "epochs=true"], ["--set epochs=true: epochs:", "not true or false"]),
+        ([*TRAIN, "--seed", "-1"], ["--seed -1: seed:"]),
+        ([*TRAIN[:5], "--out", "my_coco/annotations/val.json"], ["val.json is a file"]),
+        ([*TRAIN[:5], "--out", "my_coco/annotations/val.json/run"], ["val.json is a file"]),
+        ([*DISTILL, "--out", "my_coco/annotations/val.json/run"], ["val.json is a file"]),
+        ([*TRAIN, "--set", "student_options.base_chanels=8"], ["base_channels"]),
+        ([*TRAIN, "--set", "methods.crosskd={}"], ["detdistill distill"]),
+        ([*TRAIN, "--recipe", "missing.yaml"], ["missing.yaml"]),
+        ([*TRAIN, "--recipe", "deeppbc"], ["'deeppbc'", "'deeppcb'"]),
+        (["distill", "--student", "gfl_r18", "--data", "d", "--out", "run"], ["--teacher"]),
+        (DISTILL[:1] + DISTILL[3:], ["--teacher"]),
+        (DISTILL, ["teacher.safetensors", "no such run folder or weights file"]),
+        ([*DISTILL, "--method", "croskd"], ["'croskd'", "'crosskd'"]),
+        ([*DISTILL, "--method", "crosskd+fgd"], ["'fgd'"]),
+        ([*DISTILL, "--teacher", "gfl_r50"], ["detdistill train --detector gfl_r50"]),
+        ([*COMPARE, "--out", "my_coco/annotations/val.json/run"], ["val.json is a file"]),
+        (["demo", "--quick", "--out", "my_coco/annotations/val.json"], ["val.json is a file"]),
+        ([*COMPARE, "--seeds", f"{2**63}"], ["--seeds"]),
+        ([*COMPARE, "--seeds", "0,x"], ["--seeds 0,x"]),
+        ([*COMPARE, "--seeds", "1,1"], ["--seeds 1,1"]),
+        ([*COMPARE, "--methods", "croskd"], ["'croskd'", "'crosskd'"]),
+        ([*COMPARE, "--teacher", "gone.pth"], ["gone.pth"]),
+        (["compare", "--teacher", "gfl_r18", "--data", "d", "--out", "run"], ["--student"]),
+        (["eval", "--weights", "gone.safetensors", "--data", "my_coco"], ["gone.safetensors"]),
+        (["eval", "--weights", "my_coco", "--data", "my_coco"], ["my_coco"]),
+        (["eval", "--weights", "my_coco"], ["--data FOLDER"]),
+        (["predict", "--weights", "gone.pth", "a.jpg", "--out", "run"], ["gone.pth"]),
+        (
+            ["predict", "--weights", "gone.pth", "a.jpg", "--out", "my_coco/annotations/val.json"],
+            ["val.json is a file"],
+        ),
+        (["recipe", "copy", "dem"], ["'dem'", "'demo'"]),
+        (["data", "builtin", "--out", "run", "--train", "0"], ["at least 1 image"]),
+        (["data", "builtin", "--out", "my_coco"], ["my_coco"]),
+        (["data", "builtin", "--out", "my_coco/annotations/val.json"], ["val.json is a file"]),
+    ],
+    ids=lambda value: " ".join(value)[:60],
+)
+def test_arguments(arguments: list[str], fragments: list[str], run: Run, my_coco: Path) -> None:
+    refused(run, arguments, *fragments)
+
+
+def edit(change: Callable[[dict], None]) -> Callable[[Path], None]:  # type: ignore[type-arg]
+    """A fault of the training annotations."""
+
+    def apply(folder: Path) -> None:
+        path = folder / "annotations" / "train.json"
+        values = json.loads(path.read_text())
+        change(values)
+        path.write_text(json.dumps(values))
+
+    return apply
+
+
+def first_image(folder: Path) -> Path:
+    return min((folder / "images").glob("train_*"))
+
+
+DATA_FAULTS: dict[str, tuple[Callable[[Path], object], list[str]]] = {
+    "no annotations": (lambda f: (f / "annotations/train.json").unlink(), ["train"]),
+    "no val": (lambda f: (f / "annotations/val.json").unlink(), ["val"]),
+    "not JSON": (
+        lambda f: (f / "annotations/train.json").write_text("images: []"),
+        ["train.json"],
+    ),
+    "truncated JSON": (
+        lambda f: (f / "annotations/train.json").write_text('{"images": [{"id": 1,'),
+        ["train.json"],
+    ),
+    "not COCO": (lambda f: (f / "annotations/train.json").write_text("[1, 2]"), ["train.json"]),
+    "no box": (edit(lambda v: v.update(annotations=[])), ["train.json"]),
+    "duplicate image id": (edit(lambda v: v["images"].append(v["images"][0])), ["train.json"]),
+    "leaves the folder": (
+        edit(lambda v: v["images"][0].update(file_name="../../secret.jpg")),
+        ["secret.jpg"],
+    ),
+    "missing image": (lambda f: first_image(f).unlink(), ["train_000000"]),
+    "empty image": (lambda f: first_image(f).write_bytes(b""), ["train_000000"]),
+    "not an image": (lambda f: first_image(f).write_text("hello"), ["train_000000"]),
+    "truncated image": (
+        lambda f: first_image(f).write_bytes(first_image(f).read_bytes()[:400]),
+        ["train_000000"],
+    ),
+}
+
+
+@pytest.mark.parametrize("fault", DATA_FAULTS)
+def test_data(fault: str, run: Run, my_coco: Path) -> None:
+    damage, fragments = DATA_FAULTS[fault]
+    damage(my_coco)
+    refused(run, TRAIN, *fragments)
+
+
+@pytest.mark.parametrize(
+    ("box", "category"),
+    [([1, 1, 0, 5], 1), ([1, 1, float("nan"), 5], 1), ([500, 500, 9, 9], 1), ([1, 1, 9, 9], 999)],
+)
+def test_strict_stops_at_single_annotations(
+    box: list[float], category: int, run: Run, my_coco: Path
+) -> None:
+    def add(values: dict) -> None:  # type: ignore[type-arg]
+        image = values["images"][2]["id"]
+        values["annotations"].append(
+            {"id": 10**6, "image_id": image, "category_id": category, "bbox": box}
+            | {"area": 25, "iscrowd": 0}
+        )
+        values["info"]["broken"] = image
+
+    edit(add)(my_coco)
+    broken = json.loads((my_coco / "annotations/train.json").read_text())["info"]["broken"]
+    sentence = refused(run, [*TRAIN, "--strict"], "train.json")
+    assert re.search(rf"\b{broken}\b", sentence)
+
+
+def test_an_unwritable_folder(run: Run, my_coco: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.access", lambda place, mode: False)
+    refused(run, TRAIN, "--out run: . cannot be written")
+
+
+@pytest.mark.parametrize(("rank", "sentences"), [("0", 1), ("1", 0)])
+def test_one_process_of_many_speaks(
+    rank: str, sentences: int, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LOCAL_RANK", rank)
+    code, _, err = run("train", "--out", "run")
+    assert code == 2
+    assert len(err.splitlines()) == sentences
+
+
+class Evil:
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return (Path.mkdir, (Path("hacked"),))  # type: ignore[return-value]
+
+
+def test_a_pickle_with_code_does_not_run(run: Run, my_coco: Path) -> None:
+    Path("evil.pth").write_bytes(pickle.dumps({"state_dict": Evil()}))
+    refused(run, ["eval", "--weights", "evil.pth", "--detector", "gfl_r18", "--data", "my_coco"])
+    assert not Path("hacked").exists()
+
+
+def test_teacher_as_student(run: Run, my_coco: Path) -> None:
+    Path("teacher.safetensors").write_bytes(b"")
+    both = [*DISTILL, "--student", "./teacher.safetensors"]
+    refused(run, both, "--teacher and --student are both")

@@ -1,0 +1,200 @@
+"""The commands in the order in which a user gives them, on images of 64 pixels."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from detdistill import create_detector, save_detector
+from detdistill.cli import training, using
+from detdistill.evaluation.coco import NUMBERS
+from detdistill.recipe import Recipe
+from tests.cli.conftest import Run
+
+NARROW = {"base_channels": 8, "fpn_channels": 32, "tower_channels": 64}
+SMALL = [
+    *("--set", "max_steps=2", "--set", "resize_short=[64]", "--set", "resize_long=64"),
+    *("--set", "batch_size=2", "--set", "workers=0", "--set", "epochs=1"),
+    *("--set", "student_options={base_channels: 8, fpn_channels: 32, tower_channels: 64}"),
+]
+TRAIN = ["train", "--detector", "gfl_r18", "--data", "my_coco", "--out", "teacher", *SMALL]
+
+
+def test_from_data_to_comparison(run: Run, my_coco: Path) -> None:
+    code, out, err = run(*TRAIN)
+    assert code == 0, err
+    assert "Next: detdistill distill --teacher teacher" in out
+    assert Path("teacher/model.safetensors").exists()
+
+    distill = ["distill", "--teacher", "teacher", "--student", "gfl_r18", "--method", "crosskd"]
+    code, out, err = run(*distill, "--data", "my_coco", "--out", "distilled", *SMALL)
+    assert code == 0, err
+    assert "Next: detdistill eval --weights distilled" in out
+
+    code, out, err = run("eval", "--weights", "distilled", "--data", "my_coco")
+    assert code == 0, err
+    assert err == ""
+    header, numbers = out.splitlines()[1:3]
+    assert header.split() == list(NUMBERS) and len(numbers.split()) == 12
+    assert "Next: detdistill predict --weights distilled" in out
+
+    images = sorted(str(path) for path in Path("my_coco/images").glob("test_*"))
+    predict = ["predict", "--weights", "distilled", *images, "--out", "pictures"]
+    code, out, err = run(*predict)
+    assert code == 0, err
+    records = json.loads(Path("pictures/predictions.json").read_text())
+    assert [record["image"] for record in records] == images
+    assert all(Path("pictures", record["picture"]).stat().st_size > 0 for record in records)
+    code, _, err = run(*predict)
+    assert code == 2
+    assert "already holds predictions.json" in err
+    assert run(*predict[:-1], "low", "--score", "0")[0] == 0
+    [low, *_] = json.loads(Path("low/predictions.json").read_text())
+    assert min(found["score"] for found in low["detections"]) < 0.05
+
+
+def save_foreign(path: Path) -> None:
+    """Weights that do not say at which size they were trained."""
+    torch.manual_seed(0)
+    save_detector(create_detector("gfl_r18", 10, **NARROW), path)
+
+
+def test_eval_tells_of_faults_and_sizes(run: Run, my_coco: Path) -> None:
+    save_foreign(Path("foreign.safetensors"))
+    annotations = my_coco / "annotations/test.json"
+    values = json.loads(annotations.read_text())
+    image = values["images"][1]["id"]
+    values["annotations"] = [
+        {"id": 7, "image_id": image, "category_id": 1, "bbox": [1, 1, 0, 5], "iscrowd": 0}
+    ]
+    annotations.rename("moved.json")
+    Path("moved.json").write_text(json.dumps(values))
+    command = ["eval", "--weights", "foreign.safetensors", "--set", "workers=0"]
+    code, _, err = run(*command)
+    assert code == 2 and "--data FOLDER" in err
+
+    explicit = ["--set", "test_images=my_coco/images", "--set", "test_annotations=moved.json"]
+    code, out, err = run(*command, *explicit, "--set", "resize_short=[64]")
+    assert code == 0, err
+    fault, size = err.splitlines()
+    assert fault.startswith(f"moved.json: image {image}, annotation 7: box [1, 1, 0, 5]")
+    assert "resize_short=[64], resize_long=544" in size
+    assert set(out.splitlines()[2].split()) == {"-"}
+    assert "moved.json holds no boxes" in out
+
+    code, _, err = run(*command, *explicit, "--strict")
+    assert code == 2 and f"image {image}" in err
+
+
+@pytest.mark.parametrize(
+    ("own", "given", "used"),
+    [
+        ((64, 96), {}, ([64], 96)),
+        ((64, 96), {"resize_short": [32]}, ([32], 96)),
+        ((64, 96), {"resize_short": [32], "resize_long": 48}, ([32], 48)),
+        (None, {}, ([320], 544)),
+        (None, {"resize_long": 48}, ([320], 48)),
+    ],
+)
+def test_the_size_of_an_evaluation(own: object, given: dict[str, object], used: object) -> None:
+    settings = using._at_input_size(Recipe(**given), SimpleNamespace(input_size=own))
+    assert (settings.resize_short, settings.resize_long) == used
+
+
+@pytest.mark.parametrize("name", ["demo_quick", "bccd"])
+def test_compare_takes_all_from_a_recipe(name: str, run: Run, my_coco: Path) -> None:
+    teacher = ["--set", "teacher=gfl_r18"]
+    teacher += ["--set", "teacher_options={base_channels: 8, fpn_channels: 32, tower_channels: 64}"]
+    command = ["compare", "--recipe", name, "--seeds", "0", "--data", "my_coco", "--out", "study"]
+    code, out, err = run(*command, *SMALL, *teacher)
+    assert code == 0, err
+    assert "ΔAP" in out
+    assert "Next: open study/report.html" in out
+    assert Path("study/report.html").stat().st_size > 0
+
+
+def test_a_folder_with_a_run_is_kept(run: Run, my_coco: Path) -> None:
+    assert run(*TRAIN)[0] == 0
+    before = Path("teacher/model.safetensors").read_bytes()
+
+    code, _, err = run(*TRAIN)
+    assert code == 2
+    assert "teacher holds another run" in err
+
+    code, _, err = run(*TRAIN, "--resume", "--set", "lr=0.5")
+    assert code == 2
+    assert "lr: 0.02, now it is 0.5" in err
+
+    code, _, err = run(*TRAIN, "--resume")
+    assert code == 0, err
+    assert Path("teacher/model.safetensors").read_bytes() == before
+
+
+def test_a_recipe_trains_its_teacher_with_the_teachers_options(
+    run: Run, my_coco: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+    monkeypatch.setattr(training, "_run", lambda settings, out, resume: seen.append(settings))
+    data = ["--recipe", "deeppcb", "--data", "my_coco", "--out", "run"]
+    assert run("train", "--detector", "gfl_r50", *data)[0] == 0
+    assert run("train", *data)[0] == 0
+    assert run("train", *data, "--seed", "3", "--set", "seed=4", "--strict")[0] == 0
+    assert [s.student for s in seen] == ["gfl_r50", "gfl_r18", "gfl_r18"]
+    assert [s.student_options["base_channels"] for s in seen] == [32, 16, 16]
+    assert all(s.teacher is None and s.methods == {} for s in seen)
+    assert (seen[2].seed, seen[2].strict) == (4, True)
+
+
+def test_distill_keeps_the_recipes_method_options(
+    run: Run, my_coco: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Path("recipe.yaml").write_text(
+        "student: gfl_r18\nteacher: gfl_r50\nteacher_options: {base_channels: 32}\n"
+        "methods: {crosskd: {depth: 2}}\n"
+    )
+    Path("teacher.pth").write_bytes(b"")
+    seen = []
+    monkeypatch.setattr(training, "_run", lambda settings, out, resume: seen.append(settings))
+    command = ["distill", "--recipe", "recipe.yaml", "--teacher", "teacher.pth"]
+    command += ["--data", "my_coco", "--out", "run"]
+    assert run(*command, "--method", "crosskd")[0] == 0
+    assert run(*command, "--method", "crosskd", "--set", "methods.crosskd.align=false")[0] == 0
+    assert [s.methods for s in seen] == [
+        {"crosskd": {"depth": 2}},
+        {"crosskd": {"depth": 2, "align": False}},
+    ]
+    # The options are of the recipe's teacher, not of the one that was given.
+    assert all(s.teacher == "teacher.pth" and s.teacher_options == {} for s in seen)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "answer"),
+    [
+        (TRAIN, f"{' '.join(TRAIN[:7])} "),
+        ([*TRAIN, "--resume"], "from the last checkpoint"),
+    ],
+)
+def test_interruption_tells_how_to_go_on(
+    arguments: list[str], answer: str, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(training, "_run", interrupted)
+    code, _, err = run(*arguments)
+    assert code == 130
+    assert answer in err
+    assert err.rstrip().endswith("--resume")
+    assert err.count("--resume") == 1
+
+
+def test_demo_writes_data_and_report(run: Run) -> None:
+    code, out, err = run("demo", "--quick", "--set", "max_steps=2", "--set", "epochs=1")
+    assert code == 0, err
+    assert Path("demo/data/annotations/test.json").exists()
+    assert Path("demo/study/report.html").exists()
+    assert "ΔAP" in out

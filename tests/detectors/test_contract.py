@@ -1,0 +1,181 @@
+"""What every registered detector must do; a new family is found by itself."""
+
+import pytest
+import torch
+
+from detdistill import create_detector, list_detectors, load_detector, save_detector
+from detdistill.detectors.registry import FAMILIES
+from detdistill.detectors.stages import DenseHead
+from tests.helpers import NARROW, make_batch, narrow
+
+R18 = [f"{family}_r18" for family in FAMILIES.names()]
+
+
+@pytest.mark.parametrize("name", R18)
+@pytest.mark.parametrize("depth", range(5))
+@pytest.mark.parametrize("pre_activation", [False, True])
+def test_head_from_reproduces_the_own_predictions(name, depth, pre_activation):
+    detector = narrow(name).eval()
+    pyramid = detector.pyramid(detector.normalize(make_batch()))
+    output = detector.head(pyramid, keep_pre_activation=pre_activation)
+    tower = {branch: [maps[depth] for maps in levels] for branch, levels in output.towers.items()}
+    if pre_activation and depth:
+        tower = {branch: [level.relu() for level in levels] for branch, levels in tower.items()}
+    resumed = detector.head_from(tower, depth)
+    torch.testing.assert_close(resumed.logits, output.predictions.logits)
+    torch.testing.assert_close(resumed.boxes, output.predictions.boxes)
+    torch.testing.assert_close(resumed.quality, output.predictions.quality)
+
+
+@pytest.mark.parametrize("name", R18)
+def test_shows_the_dense_stages(name):
+    assert isinstance(narrow(name), DenseHead)
+
+
+@pytest.mark.parametrize("name", R18)
+def test_towers_hold_activated_maps_unless_asked(name):
+    detector = narrow(name)
+    pyramid = detector.pyramid(detector.normalize(make_batch()))
+    for keep in (False, True):
+        maps = detector.head(pyramid, keep_pre_activation=keep).towers["cls"][0]
+        assert maps[0] is pyramid[0]
+        assert all((m < 0).any().item() == keep for m in maps[1:])
+
+
+@pytest.mark.parametrize("name", R18)
+@pytest.mark.parametrize("counts", [(2, 1), (3, 0), (0, 0)])
+def test_trains_a_step_on_any_batch(name, counts):
+    detector = narrow(name)
+    batch = make_batch(counts)
+    losses = detector.loss(detector(batch), batch.padded_targets())
+    sum(losses.values()).backward()
+    assert set(losses) == {f"task/{term}" for term in detector.loss_weights}
+    assert all(loss.isfinite() for loss in losses.values())
+    for parameter_name, parameter in detector.named_parameters():
+        assert parameter.grad is not None, parameter_name
+        assert parameter.grad.isfinite().all(), parameter_name
+
+
+@pytest.mark.parametrize("name", R18)
+@pytest.mark.parametrize("num_classes", [1, 1203])
+def test_any_number_of_classes(name, num_classes):
+    detector = narrow(name, num_classes)
+    batch = make_batch(num_classes=num_classes)
+    losses = detector.loss(detector(batch), batch.padded_targets())
+    assert all(loss.isfinite() for loss in losses.values())
+
+
+@pytest.mark.parametrize("name", R18)
+def test_bfloat16_gives_about_the_same_losses(name):
+    detector = narrow(name).eval()
+    batch = make_batch()
+    targets = batch.padded_targets()
+    full = detector.loss(detector(batch), targets)
+    with torch.autocast("cpu", torch.bfloat16):
+        half = detector.loss(detector(batch), targets)
+    for term, value in full.items():
+        assert half[term].item() == pytest.approx(value.item(), rel=0.05, abs=1e-3), term
+
+
+@pytest.mark.parametrize("name", R18)
+def test_a_branch_left_out_leaves_its_predictions_out(name):
+    detector = narrow(name).eval()
+    pyramid = detector.pyramid(detector.normalize(make_batch()))
+    for branch in ("cls", "box"):
+        resumed = detector.head_from({branch: list(pyramid)}, 0)
+        assert bool(resumed.logits) == (branch == "cls")
+        assert bool(resumed.boxes) == (branch == "box")
+        assert bool(resumed.quality) == (branch == detector.quality_tower)
+
+
+@pytest.mark.parametrize("name", R18)
+def test_quality_targets_fit_the_quality_branch(name):
+    detector = narrow(name)
+    batch = make_batch()
+    output = detector(batch)
+    assignment = detector.assign(output, batch.padded_targets())
+    assert (assignment.quality is None) == (output.predictions.quality is None)
+    if assignment.quality is not None:
+        assert output.predictions.flatten().quality.shape == assignment.quality.shape
+        assert (assignment.quality[~assignment.positive] == 0).all()
+        central = assignment.quality[assignment.positive]
+        assert ((central > 0) & (central <= 1)).all()
+
+
+@pytest.mark.parametrize("name", R18)
+def test_cells_beyond_an_image_learn_nothing(name):
+    detector = narrow(name)
+    batch = make_batch(size=(64, 160))
+    output, targets = detector(batch), batch.padded_targets()
+    weights = detector.assign(output, targets).weights[1].reshape(-1)
+    if not detector.masks_padding:  # published so: everything beyond is background
+        assert (weights == 1).all()
+        return
+    anchors = detector.flat_anchors(output.anchors)
+    centers = (anchors[:, :2] + anchors[:, 2:]) / 2
+    # The second image is 40 x 127 pixels and counts as 64 x 128.
+    assert (weights[centers[:, 0] >= 128] == 0).all()
+    assert (weights[centers[:, 0] < 128] == 1).any()
+
+
+@pytest.mark.parametrize("name", R18)
+def test_predict_returns_pixels_of_the_given_image(name):
+    detector = narrow(name).eval()
+    images = [torch.randint(0, 256, (3, 50, 130), dtype=torch.uint8)]
+    detector.input_size = (96, 200)
+    [found] = detector.predict(images, score_threshold=0.0)
+    assert len(found) > 0
+    assert found.boxes_xyxy[:, 2].max() <= 130 + 1e-3
+    assert found.boxes_xyxy[:, 3].max() <= 50 + 1e-3
+    assert found.boxes_xyxy[:, 2].max() > 100, "boxes should reach over the whole width"
+    assert (found.scores.diff() <= 0).all()
+
+
+@pytest.mark.parametrize("name", R18)
+def test_saves_and_loads_with_nothing_beside(name, tmp_path):
+    detector = narrow(name)
+    detector.classes, detector.input_size = ["a", "b", "c"], (64, 96)
+    save_detector(detector, tmp_path / "model.safetensors")
+    loaded = load_detector(tmp_path)
+    assert (loaded.name, loaded.classes, loaded.input_size) == (name, ["a", "b", "c"], (64, 96))
+    assert loaded.options == detector.options
+    for key, value in detector.state_dict().items():
+        assert torch.equal(value, loaded.state_dict()[key]), key
+
+
+def test_any_timm_backbone_by_stride():
+    batch = make_batch()
+    for backbone in ("mobilenetv3_small_050", "regnetx_002"):
+        detector = create_detector("gfl", 3, backbone=backbone, fpn_channels=16, tower_channels=16)
+        assert [level.shape[-1] for level in detector(batch).pyramid] == [12, 6, 3, 2, 1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", list_detectors())
+def test_every_listed_detector_trains_a_step(name):
+    detector = create_detector(name, 3, **NARROW)
+    batch = make_batch()
+    losses = detector.loss(detector(batch), batch.padded_targets())
+    sum(losses.values()).backward()
+    assert all(loss.isfinite() for loss in losses.values())
+
+
+def test_frozen_stages_and_stored_statistics():
+    detector = narrow(frozen_stages=1, norm_eval=True).train()
+    body = detector.backbone.body
+    assert not any(p.requires_grad for p in [*body.conv1.parameters(), *body.layer1.parameters()])
+    assert all(p.requires_grad for p in body.layer2.parameters())
+    before = body.layer3[0].bn1.running_mean.clone()
+    detector(make_batch())
+    assert torch.equal(body.layer3[0].bn1.running_mean, before)
+    trained = narrow().train()
+    before = trained.backbone.body.layer3[0].bn1.running_mean.clone()
+    trained(make_batch())
+    assert not torch.equal(trained.backbone.body.layer3[0].bn1.running_mean, before)
+
+
+def test_narrow_body_has_a_narrow_stem():
+    detector = create_detector("gfl_r18", 6, base_channels=16, fpn_channels=64, tower_channels=64)
+    parameters = sum(p.numel() for p in detector.parameters())
+    assert detector.backbone.body.conv1.out_channels == 16
+    assert round(parameters / 1e6, 2) == 1.24

@@ -1,0 +1,247 @@
+"""Runs: what they leave, how they stop, how they go on."""
+
+import json
+import shutil
+
+import pytest
+import torch
+
+import detdistill.engine.train as engine
+from detdistill import Distiller, UserError, load_detector
+from detdistill.engine.log import MetricsFile, TermWindow
+from detdistill.engine.optim import learning_rate
+from detdistill.engine.train import train
+
+
+def lines(out, kind):
+    text = (out / "metrics.jsonl").read_text().splitlines()
+    return [record for record in map(json.loads, text) if record["kind"] == kind]
+
+
+def weights(out):
+    return load_detector(out).state_dict()
+
+
+def assert_same_weights(one, two):
+    for key, value in weights(one).items():
+        assert torch.equal(value, weights(two)[key]), key
+
+
+@pytest.fixture
+def teacher(recipe, tmp_path):
+    train(recipe(max_steps=1, seed=5), tmp_path / "teacher")
+    return str(tmp_path / "teacher")
+
+
+def test_a_run_leaves_all_its_files(recipe, tmp_path):
+    out = tmp_path / "run"
+    result = train(recipe(), out)
+    assert result.steps == 6
+    names = {path.name for path in out.iterdir()}
+    assert names == {
+        "recipe.yaml",
+        "metrics.jsonl",
+        "run.json",
+        "last.ckpt",
+        "model.safetensors",
+        "model.json",
+        "best.safetensors",
+        "best.json",
+    }
+    steps = lines(out, "step")
+    assert [record["step"] for record in steps] == [1, 2, 3, 4, 5, 6]
+    assert set(steps[0]["raw"]) == {"task/cls", "task/box", "task/dfl"}
+    assert steps[0]["weighted"]["task/box"] == pytest.approx(2 * steps[0]["raw"]["task/box"])
+    assert steps[0]["loss"] == pytest.approx(sum(steps[0]["weighted"].values()))
+    evals = lines(out, "eval")
+    assert [record["epoch"] for record in evals] == [1, 2]
+    assert len(evals[0]["metrics"]) == 12
+    student = load_detector(out)
+    assert student.input_size == (64, 64)
+    assert student.classes is not None and len(student.classes) == student.num_classes
+
+
+def test_a_distilled_run_logs_its_terms_and_saves_the_student_alone(recipe, teacher, tmp_path):
+    out = tmp_path / "run"
+    train(recipe(teacher=teacher, methods={"crosskd": {"depth": 2}}), out)
+    record = lines(out, "step")[-1]
+    assert {"crosskd/cls", "crosskd/box"} < set(record["raw"])
+    assert record["weighted"]["crosskd/box"] == pytest.approx(4 * record["raw"]["crosskd/box"])
+    plain = tmp_path / "plain"
+    train(recipe(max_steps=1), plain)
+    assert set(weights(out)) == set(weights(plain))
+    state = torch.load(out / "last.ckpt", weights_only=True)
+    assert state["distiller"].pop("_extra_state") == {"iteration": 6}
+    assert all(key.startswith("student.") for key in state["distiller"])
+    facts = json.loads((out / "model.json").read_text())
+    assert facts["provenance"]["methods"] == {"crosskd": {"depth": 2}}
+
+
+class StopError(Exception):
+    pass
+
+
+@pytest.mark.parametrize(("optimizer", "stop"), [("sgd", 1), ("adamw", 3), ("sgd", 4)])
+def test_a_resumed_run_ends_with_the_same_bits(
+    recipe, teacher, tmp_path, monkeypatch, stop, optimizer
+):
+    settings = recipe(
+        teacher=teacher,
+        methods={"crosskd": {}},
+        optimizer=optimizer,
+        lr=0.001,
+        checkpoint_every=1,
+        color_jitter=0.3,
+        scale_jitter=[0.7, 1.3],
+    )
+    train(settings, tmp_path / "whole")
+    report = engine.Run.report
+
+    def interrupt(run, *args):
+        report(run, *args)
+        if run.step == stop:
+            raise StopError
+
+    monkeypatch.setattr(engine.Run, "report", interrupt)
+    with pytest.raises(StopError):
+        train(settings, tmp_path / "resumed")
+    monkeypatch.setattr(engine.Run, "report", report)
+    train(settings, tmp_path / "resumed", resume=True)
+    assert_same_weights(tmp_path / "whole", tmp_path / "resumed")
+    for kind in ("step", "eval"):
+        one, two = (lines(tmp_path / name, kind) for name in ("whole", "resumed"))
+        keys = ("step", "loss") if kind == "step" else ("step", "metrics")
+        assert [[r[k] for k in keys] for r in one] == [[r[k] for k in keys] for r in two]
+
+
+def test_a_finished_run_returns_at_once(recipe, tmp_path, monkeypatch):
+    first = train(recipe(max_steps=2), tmp_path / "run")
+    monkeypatch.setattr(engine, "_loop", lambda run: pytest.fail("trained again"))
+    again = train(recipe(max_steps=2), tmp_path / "run", resume=True)
+    assert again == first
+
+
+def test_accumulated_micro_batches_run_and_keep_the_step_count(recipe, tmp_path):
+    result = train(recipe(accumulate=2, max_steps=3), tmp_path / "run")
+    assert result.steps == 3
+
+
+@pytest.mark.parametrize("settings", [{"precision": "bf16"}, {"channels_last": True}])
+def test_other_number_formats_train(recipe, teacher, tmp_path, settings):
+    values = {"teacher": teacher, "methods": {"crosskd": {}}, "max_steps": 2, **settings}
+    train(recipe(**values), tmp_path / "run")
+    train(recipe(teacher=teacher, methods={"crosskd": {}}, max_steps=2), tmp_path / "plain")
+    one, two = (lines(tmp_path / name, "step")[0]["loss"] for name in ("run", "plain"))
+    assert one == pytest.approx(two, rel=0.03)
+
+
+def test_a_non_finite_loss_stops_the_run_and_keeps_the_checkpoint(recipe, tmp_path, monkeypatch):
+    out = tmp_path / "run"
+    loss = Distiller.forward
+
+    def poisoned(distiller, batch):
+        terms = loss(distiller, batch)
+        if distiller.iteration == 3:
+            terms["task/box"] = terms["task/box"] * float("nan")
+        return terms
+
+    monkeypatch.setattr(Distiller, "forward", poisoned)
+    with pytest.raises(UserError, match=r"task/box is nan at step 2, images \[") as error:
+        train(recipe(checkpoint_every=1), out)
+    assert "last.ckpt" in str(error.value)
+    assert torch.load(out / "last.ckpt", weights_only=True)["step"] == 2
+    assert not (out / "model.safetensors").exists()
+
+
+def test_weights_that_exploded_never_replace_a_good_checkpoint(recipe, tmp_path, monkeypatch):
+    out = tmp_path / "run"
+    step = torch.optim.SGD.step
+
+    def explode(optimizer, *args, **kwargs):
+        step(optimizer, *args, **kwargs)
+        if (out / "last.ckpt").exists():
+            optimizer.param_groups[0]["params"][-1].data.fill_(float("inf"))
+
+    monkeypatch.setattr(torch.optim.SGD, "step", explode)
+    with pytest.raises(UserError, match=r"scales\.4\.scale is no longer finite after step 2"):
+        train(recipe(checkpoint_every=1), out)
+    assert torch.load(out / "last.ckpt", weights_only=True)["step"] == 1
+    assert not (out / "model.safetensors").exists()
+
+
+def test_faults_are_listed_in_full(recipe, tmp_path, data):
+    folder = shutil.copytree(data, tmp_path / "faulty")
+    path = folder / "annotations" / "train.json"
+    values = json.loads(path.read_text())
+    for i in range(5):
+        values["annotations"][i]["bbox"] = [1, 1, -4, 4]
+    path.write_text(json.dumps(values))
+    train(recipe(data=str(folder), max_steps=1), tmp_path / "run")
+    assert len((tmp_path / "run" / "faults.txt").read_text().splitlines()) == 5
+
+
+def test_a_distillation_term_that_stays_zero_warns_once(tmp_path):
+    window = TermWindow(tmp_path)
+    warnings = []
+    for step in range(120):
+        raw = {"task/box": 0.0, "crosskd/cls": 0.0, "crosskd/box": 0.1}
+        window.add(raw, raw, step, [1])
+        window.add(raw, raw, step, [2])  # micro batches of one step count once
+        warnings += window.end_step()
+        assert len(warnings) == (step >= 49)
+    [warning] = warnings
+    assert warning.startswith("crosskd/cls was exactly 0 for 50 steps")
+
+
+def test_window_means(tmp_path):
+    window = TermWindow(tmp_path)
+    window.add({"a": 1.0}, {"a": 2.0}, 0, [])
+    window.add({"a": 3.0}, {"a": 6.0}, 1, [])
+    assert window.take() == ({"a": 2.0}, {"a": 4.0})
+
+
+def test_metrics_written_after_the_checkpoint_are_dropped(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"step"')
+    MetricsFile(path, 2).write({"step": 3})
+    assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1, 2, 3]
+
+
+def test_refusals_write_nothing(recipe, tmp_path):
+    out = tmp_path / "run"
+    for values, message in (
+        ({"student": "gfl_r81"}, "did you mean 'gfl_r18'"),
+        ({"student_options": {"fpn_chanels": 1}}, "did you mean 'fpn_channels'"),
+        ({"methods": {"crosskd": {}}}, "needs a teacher"),
+        ({"teacher": str(tmp_path / "no"), "methods": {"crosskd": {}}}, "no such weights"),
+        ({"precision": "fp16"}, "fp16 needs a CUDA device"),
+        ({"data": str(tmp_path / "none")}, "none"),
+    ):
+        with pytest.raises(UserError, match=message):
+            train(recipe(**values), out)
+        assert not out.exists()
+
+
+def test_another_run_in_the_folder_is_refused(recipe, tmp_path):
+    out = tmp_path / "run"
+    train(recipe(max_steps=1), out)
+    before = (out / "model.safetensors").read_bytes()
+    with pytest.raises(UserError, match="holds another run"):
+        train(recipe(max_steps=1), out)
+    with pytest.raises(UserError, match=r"run with lr: 0\.02, now it is 0\.5"):
+        train(recipe(max_steps=1, lr=0.5), out, resume=True)
+    assert (out / "model.safetensors").read_bytes() == before
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "notes.txt").write_text("keep")
+    with pytest.raises(UserError, match="no run folder and not empty"):
+        train(recipe(max_steps=1), tmp_path / "mine")
+
+
+def test_learning_rate(recipe):
+    cosine = recipe(lr=0.1, batch_size=16, base_batch=8, warmup_steps=10, warmup_start=0.5)
+    assert learning_rate(cosine, 0, 100, 10) == pytest.approx(0.1)  # 0.2, half of it at first
+    assert learning_rate(cosine, 50, 100, 10) == pytest.approx(0.1)
+    assert learning_rate(cosine, 100, 100, 10) == pytest.approx(0)
+    step = recipe(lr=0.1, base_batch=4, warmup_steps=0, schedule="step", milestones=[4, 8])
+    rates = [learning_rate(step, s, 100, 10) for s in (39, 40, 79, 80)]
+    assert rates == pytest.approx([0.1, 0.01, 0.01, 0.001])

@@ -1,0 +1,27 @@
+"""Small detectors and batches that tests share."""
+
+import torch
+
+from detdistill import Batch, create_detector
+
+NARROW = {"base_channels": 8, "fpn_channels": 16, "tower_channels": 16}
+
+
+def narrow(name="gfl_r18", num_classes=3, seed=0, **options):
+    torch.manual_seed(seed)
+    return create_detector(name, num_classes, **{**NARROW, **options})
+
+
+def make_batch(counts=(2, 1), size=(64, 96), num_classes=3, seed=0):
+    """Random uint8 images with the given numbers of boxes; the last image is smaller."""
+    generator = torch.Generator().manual_seed(seed)
+    height, width = size
+    images = torch.randint(0, 256, (len(counts), 3, height, width), generator=generator)
+    sizes = [(height, width)] * (len(counts) - 1) + [(height - 24, width - 33)]
+    targets = []
+    for count, (h, w) in zip(counts, sizes, strict=True):
+        low = torch.rand(count, 2, generator=generator) * torch.tensor([w / 2, h / 2])
+        side = torch.rand(count, 2, generator=generator) * 20 + 10
+        labels = torch.randint(0, num_classes, (count,), generator=generator)
+        targets.append({"boxes": torch.cat((low, low + side), 1), "labels": labels})
+    return Batch(images.to(torch.uint8), sizes, targets, list(range(len(counts))))

@@ -1,0 +1,229 @@
+"""A whole study with fabricated training: which runs, with which settings, resumed how."""
+
+import json
+
+import pytest
+import yaml
+
+from detdistill.errors import UserError
+from tests.study.fabricated_study import TINY, run_study
+
+
+def recipe_of(folder):
+    return yaml.safe_load((folder / "recipe.yaml").read_text())
+
+
+def test_runs_and_files(recipe, world, tmp_path, capsys):
+    out = tmp_path / "study"
+    arms = run_study(recipe, out)
+    assert world.trained == [
+        "teacher/teacher",
+        *("student/seed0", "crosskd/seed0", "student_same_time/seed0"),
+        *("student/seed1", "crosskd/seed1", "student_same_time/seed1"),
+    ]
+    assert [arm.title for arm in arms] == ["teacher", "student", "CrossKD", "student, same time"]
+    assert [len(arm.runs) for arm in arms] == [1, 2, 2, 2]
+    results = json.loads((out / "results.json").read_text())
+    assert [arm["name"] for arm in results["arms"]] == [arm.name for arm in arms]
+    gains = results["arms"][2]["ap_gains"]
+    for seed, gain in enumerate(gains):
+        tested = [json.loads((out / f"runs/{a}/seed{seed}/test.json").read_text()) for a in PAIR]
+        assert gain == pytest.approx(tested[0]["numbers"]["AP"] - tested[1]["numbers"]["AP"])
+    assert results["arms"][2]["runs"][0]["folder"] == "runs/crosskd/seed0"
+    assert (out / "results.md").read_text().startswith("# Results\n\n|")
+    assert "CrossKD" in capsys.readouterr().out
+    assert not list(out.rglob("*.tmp"))
+
+
+PAIR = ("crosskd", "student")
+
+
+def test_arms_differ_in_nothing_but_the_method(recipe, world, tmp_path):
+    out = tmp_path / "study"
+    given = recipe.model_copy(update={"methods": {"crosskd": {"depth": 0}}})
+    run_study(given, out)
+    control = recipe_of(out / "runs/student/seed1")
+    taught = recipe_of(out / "runs/crosskd/seed1")
+    assert control["methods"] == {} and control["teacher"] is None
+    assert taught["methods"] == {"crosskd": {"depth": 0}}
+    assert taught["teacher"] == str((out / "teacher").resolve())
+    differing = {key for key in control if control[key] != taught[key]}
+    assert differing == {"methods", "teacher"}
+    assert control["seed"] == 1
+    longer = recipe_of(out / "runs/student_same_time/seed1")
+    assert {key for key in control if control[key] != longer[key]} == {"epochs"}
+    assert longer["epochs"] == 12  # 8 epochs, 150 s against 100 s
+
+
+def test_the_teacher_is_trained_by_the_recipe_with_its_own_options(recipe, world, tmp_path):
+    out = tmp_path / "study"
+    changes = {"schedule": "step", "milestones": [4, 6], "seed": 3}
+    run_study(recipe.model_copy(update=changes), out, teacher_epochs=16)
+    teacher = recipe_of(out / "teacher")
+    assert teacher["student"] == "gfl_r34" and teacher["student_options"] == TINY
+    assert teacher["epochs"] == 16 and teacher["milestones"] == [8, 12]
+    assert teacher["seed"] == 0 and teacher["methods"] == {}
+
+
+def test_a_second_call_trains_and_tests_nothing(recipe, world, tmp_path):
+    out = tmp_path / "study"
+    run_study(recipe, out)
+    before = (out / "results.json").read_bytes()
+    world.trained.clear()
+    world.loaded.clear()
+    run_study(recipe, out)
+    assert world.trained == [] and world.loaded == []
+    assert (out / "results.json").read_bytes() == before
+
+
+def test_an_interrupted_study_goes_on(recipe, world, tmp_path):
+    out = tmp_path / "study"
+    world.die_at = "crosskd/seed0"
+    with pytest.raises(KeyboardInterrupt):
+        run_study(recipe, out)
+    state = json.loads((out / "study.json").read_text())
+    assert state["runs"]["runs/student/seed0"] == "done"
+    assert state["runs"]["runs/crosskd/seed0"] == "training"
+    world.die_at = None
+    world.trained.clear()
+    run_study(recipe, out)
+    assert world.trained[0] == "crosskd/seed0" and "student/seed0" not in world.trained
+    assert "teacher/teacher" not in world.trained
+
+
+def test_new_weights_in_a_run_folder_are_tested_anew(recipe, world, tmp_path):
+    out = tmp_path / "study"
+    old = run_study(recipe, out)[2].runs[0].numbers["AP"]
+    weights = out / "runs/crosskd/seed0/model.safetensors"
+    weights.write_text(weights.read_text().replace("0.7", "0.1"))
+    world.loaded.clear()
+    assert run_study(recipe, out)[2].runs[0].numbers["AP"] < old
+    assert world.loaded == ["crosskd/seed0"]
+
+
+def test_seeds_may_be_added(recipe, world, tmp_path):
+    out = tmp_path / "study"
+    run_study(recipe, out, seeds=[0])
+    world.trained.clear()
+    arms = run_study(recipe, out, seeds=[0, 4])
+    assert world.trained == ["student/seed4", "crosskd/seed4", "student_same_time/seed4"]
+    assert [run.seed for run in arms[1].runs] == [0, 4]
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"lr": 0.5}, "lr 0.02, asked for is 0.5"),
+        ({"epochs": 9}, "epochs 8, asked for is 9"),
+        ({"methods": {"crosskd": {"depth": 1}}}, r"methods\.crosskd {}, asked for is {'depth': 1}"),
+    ],
+)
+def test_another_study_in_the_folder_is_refused(recipe, world, tmp_path, change, named):
+    out = tmp_path / "study"
+    first = recipe.model_copy(update={"methods": {"crosskd": {}}})
+    run_study(first, out, seeds=[0])
+    before = (out / "study.json").read_bytes()
+    with pytest.raises(UserError, match=f"study.json: .* {named}"):
+        run_study(first.model_copy(update=change), out, seeds=[0])
+    assert (out / "study.json").read_bytes() == before
+
+
+def test_settings_that_change_no_result_may_change(recipe, world, tmp_path):
+    out = tmp_path / "study"
+    run_study(recipe, out, seeds=[0])
+    run_study(recipe.model_copy(update={"workers": 1, "seed": 9, "log_every": 5}), out, seeds=[0])
+
+
+def test_a_folder_with_something_else_is_refused(recipe, world, tmp_path):
+    (tmp_path / "thesis.txt").write_text("")
+    with pytest.raises(UserError, match=r"no study\.json"):
+        run_study(recipe, tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"methods": ["croskd"]}, "did you mean 'crosskd'"),
+        ({"methods": []}, "nothing to compare"),
+        ({"seeds": []}, "nothing to compare"),
+        ({"seeds": [-1]}, "from 0 on"),
+        ({"teacher": "runs/absent"}, "runs/absent: no such teacher"),
+        ({"teacher": "absent.pth"}, "absent.pth: no such teacher"),
+        ({"teacher": "gfl_r5"}, "gfl_r5"),
+    ],
+)
+def test_bad_input_leaves_nothing_behind(recipe, world, tmp_path, change, message):
+    out = tmp_path / "study"
+    with pytest.raises(UserError, match=message):
+        run_study(recipe, out, **change)
+    assert not out.exists() and world.trained == []
+
+
+def test_a_test_split_with_nothing_to_find(recipe, world, tmp_path, data_folder):
+    values = json.loads((data_folder / "annotations/test.json").read_text())
+    empty = tmp_path / "empty.json"
+    empty.write_text(json.dumps(values | {"annotations": []}))
+    explicit = {"test_images": str(data_folder / "images"), "test_annotations": str(empty)}
+    with pytest.raises(UserError, match=r"empty\.json: no test image has a usable box"):
+        run_study(recipe.model_copy(update=explicit), tmp_path / "study")
+    assert not (tmp_path / "study").exists()
+
+
+def test_faults_of_the_test_split_are_told(recipe, world, tmp_path, data_folder, capsys):
+    values = json.loads((data_folder / "annotations/test.json").read_text())
+    values["annotations"].append({"id": 10**6, "image_id": 10**5, "category_id": 1})
+    odd = tmp_path / "odd.json"
+    odd.write_text(json.dumps(values))
+    explicit = {"test_images": str(data_folder / "images"), "test_annotations": str(odd)}
+    run_study(recipe.model_copy(update=explicit), tmp_path / "study", seeds=[0])
+    assert "odd.json: 1 fault: image 100000" in capsys.readouterr().err
+
+
+def test_without_a_test_split(recipe, world, tmp_path, data_folder):
+    explicit = {
+        "data": None,
+        "train_images": str(data_folder / "images"),
+        "train_annotations": str(data_folder / "annotations/train.json"),
+        "val_images": str(data_folder / "images"),
+        "val_annotations": str(data_folder / "annotations/val.json"),
+    }
+    with pytest.raises(UserError, match="test"):
+        run_study(recipe.model_copy(update=explicit), tmp_path / "study")
+    assert not (tmp_path / "study").exists()
+
+
+def test_an_existing_teacher_is_tested_not_trained(recipe, world, tmp_path, monkeypatch):
+    import detdistill.study.check as check
+
+    run = tmp_path / "my_teacher"
+    world.train(recipe, run.with_name("teacher"))
+    run.with_name("teacher").rename(run)
+    world.trained.clear()
+    monkeypatch.setattr(check, "existing_teacher", lambda _: check.create_detector("gfl_r18", 3))
+    before = sorted(path.name for path in run.iterdir())
+    arms = run_study(recipe, tmp_path / "study", teacher=str(run), seeds=[0])
+    assert "teacher/teacher" not in world.trained
+    assert sorted(path.name for path in run.iterdir()) == before, "the user's folder is his own"
+    assert arms[0].seconds is None
+    assert recipe_of(tmp_path / "study/runs/crosskd/seed0")["teacher"] == str(run)
+
+
+def test_equal_times_need_no_second_control(recipe, world, tmp_path):
+    world.seconds["crosskd"] = 103
+    arms = run_study(recipe, tmp_path / "study", seeds=[0])
+    assert "student_same_time/seed0" not in world.trained
+    assert arms[-1].runs == arms[1].runs
+    assert "took no longer than the student alone" in (tmp_path / "study/results.md").read_text()
+
+
+def test_a_slower_method_moves_the_same_time_control(recipe, world, tmp_path):
+    out = tmp_path / "study"
+    run_study(recipe, out, seeds=[0])
+    world.seconds["crosskd+crosskd"] = 200
+    world.skills["crosskd+crosskd"] = 0.7
+    arms = run_study(recipe, out, seeds=[0], methods=["crosskd", "crosskd+crosskd"])
+    assert arms[-1].runs[0].epochs == 16
+    assert (out / "runs/student_same_time/seed0_12_epochs/test.json").exists()
+    # Leaving the slow one out again keeps the longer control.
+    assert run_study(recipe, out, seeds=[0])[-1].runs[0].epochs == 16

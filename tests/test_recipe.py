@@ -1,0 +1,101 @@
+"""Recipes: what is refused, and what the sentence names."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from detdistill.errors import UserError
+from detdistill.recipe import read_yaml, resolve_recipe, split_teacher, validate_recipe
+
+
+@pytest.mark.parametrize(
+    ("values", "field"),
+    [
+        ({"lr": float("nan")}, "lr"),
+        ({"lr": "inf"}, "lr"),
+        ({"weight_decay": float("inf")}, "weight_decay"),
+        ({"scale_jitter": [0.5, float("inf")]}, r"scale_jitter\.1"),
+        ({"flip": float("nan")}, "flip"),
+        ({"epochs": True}, "epochs"),
+        ({"lr": True}, "lr"),
+        ({"resize_short": [True]}, r"resize_short\.0"),
+        ({"seed": 2**63}, "seed"),
+        ({"methods": {"crosskd": 3}}, r"methods\.crosskd"),
+        ({"student_options": {1: 2}}, r"student_options\.1"),
+        ({"bach_size": 3}, "unknown key 'bach_size'; did you mean 'batch_size'"),
+    ],
+)
+def test_refused_with_file_and_field(values: dict[str, object], field: str) -> None:
+    with pytest.raises(UserError, match=f"^mine.yaml: {field}"):
+        validate_recipe(values, "mine.yaml")
+
+
+def test_numbers_may_be_texts(tmp_path: Path) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text("lr: 1e-3\nepochs: '7'\nscale_jitter: [5e-1, 2]\nstrict: true\n")
+    recipe = resolve_recipe(read_yaml(file), "mine.yaml", assignments=["weight_decay=1e-5"])
+    assert (recipe.lr, recipe.epochs, recipe.scale_jitter) == (1e-3, 7, [0.5, 2.0])
+    assert recipe.weight_decay == 1e-5 and recipe.strict
+
+
+@pytest.mark.parametrize(
+    ("text", "key"),
+    [
+        ("lr: 1\nseed: 2\nlr: 3\n", "lr"),
+        ("methods:\n  crosskd: {depth: 1}\n  crosskd: {depth: 2}\n", "crosskd"),
+        ("student_options: {norm_eval: true, norm_eval: false}", "norm_eval"),
+    ],
+)
+def test_a_key_occurs_once(text: str, key: str, tmp_path: Path) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text(text)
+    with pytest.raises(UserError, match=f"mine.yaml: the key '{key}' occurs twice"):
+        read_yaml(file)
+
+
+@pytest.mark.parametrize("text", ["a: [", "lr: 2024-99-99", "{a: 1}: 2", "- 1", "\tlr: 1"])
+def test_what_is_no_recipe(text: str, tmp_path: Path) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text(text)
+    with pytest.raises(UserError, match=r"mine\.yaml: ") as caught:
+        read_yaml(file)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("given", "assignments", "start"),
+    [
+        ({}, [], "mine.yaml: lr: "),
+        ({}, ["lr=abc"], "--set lr=abc: lr: "),
+        ({}, ["lr=abc", "lr=-1"], "--set lr=-1: lr: "),
+        ({}, ["lr=1", "methods.crosskd=3"], "--set methods.crosskd=3: methods.crosskd: "),
+        ({}, ["lr=1", "ls=1"], "--set ls=1: unknown key 'ls'"),
+        ({}, ["lr={a: 1, a: 2}"], "--set lr={a: 1, a: 2}: the key 'a' occurs twice"),
+        ({}, ["lr.a=1"], "--set lr.a=1: lr is 0, not a group"),
+        ({}, ["student_options.=1"], "--set student_options.=1: expected key=value"),
+        ({"devices": 0}, ["lr=1"], "--devices 0: devices: "),
+    ],
+)
+def test_the_sentence_names_where_a_value_is_from(
+    given: dict[str, object], assignments: list[str], start: str
+) -> None:
+    with pytest.raises(UserError) as caught:
+        resolve_recipe({"lr": 0}, "mine.yaml", given, assignments)
+    assert str(caught.value).startswith(start)
+
+
+def test_assignments_leave_the_callers_values_alone() -> None:
+    values = {"student_options": {"norm_eval": True}}
+    recipe = resolve_recipe(values, "mine.yaml", {"lr": None}, ["student_options.tower_depth=2"])
+    assert recipe.student_options == {"norm_eval": True, "tower_depth": 2}
+    assert values == {"student_options": {"norm_eval": True}}
+
+
+def test_a_teacher_is_a_path_or_a_name_with_one(tmp_path: Path) -> None:
+    odd = tmp_path / "lr=0.1"
+    odd.mkdir()
+    assert split_teacher(str(odd)) == (None, odd)
+    assert split_teacher("gfl_r101=a.pth") == ("gfl_r101", Path("a.pth"))
+    assert split_teacher("runs/teacher") == (None, Path("runs/teacher"))
