@@ -54,6 +54,17 @@ class FPN(nn.Module):
             merged[fine - 1] = merged[fine - 1] + F.interpolate(merged[fine], size=size)
         *own, sixth, seventh = self.output
         levels = [conv(m) for conv, m in zip(own, merged, strict=True)]
-        levels.append(sixth(features[-1] if self.extra == "c5" else levels[-1]))
-        levels.append(seventh(F.relu(levels[-1]) if self.relu_before_extra else levels[-1]))
+        levels.append(_halve(sixth, features[-1] if self.extra == "c5" else levels[-1]))
+        levels.append(_halve(seventh, F.relu(levels[-1]) if self.relu_before_extra else levels[-1]))
         return Pyramid(levels, self.strides)
+
+
+def _halve(conv: nn.Module, features: Tensor) -> Tensor:
+    """The strided convolution; over a map one column wide, its columns unstrided.
+
+    That computes the same map, and keeps away from oneDNN's bfloat16 weight gradient for this
+    one shape (stride 2, width 1, CPUs with AVX-512 BF16), which returns uninitialised memory.
+    """
+    assert isinstance(conv, nn.Conv2d)
+    stride = (conv.stride[0], 1) if features.shape[-1] == 1 else conv.stride
+    return F.conv2d(features, conv.weight, conv.bias, stride, conv.padding)
