@@ -1,24 +1,21 @@
-"""What all dense one-stage detectors share: two towers on a pyramid, run level by level."""
+"""What all dense heads share: two towers on a pyramid, run level by level."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from detdistill.detectors.inference import detect_image, predict_image
-from detdistill.errors import UserError
+from detdistill.detectors.base import FPNDetector
+from detdistill.detectors.inference import detect_image
 from detdistill.parts.anchors import AnchorGrid, PointGrid, cells_on_image
 from detdistill.parts.assigners import IGNORED
-from detdistill.parts.backbones import Backbone
-from detdistill.parts.fpn import FPN, ExtraFrom
+from detdistill.parts.fpn import ExtraFrom
 from detdistill.parts.heads import Tower
 from detdistill.parts.losses import Reduce, mean_over_processes
 from detdistill.structures import (
     Assignment,
-    Batch,
     DenseOutput,
     Detections,
     Predictions,
@@ -26,11 +23,8 @@ from detdistill.structures import (
     Targets,
 )
 
-IMAGENET_MEAN = (123.675, 116.28, 103.53)  # RGB, 0..255, as timm and MMDetection
-IMAGENET_STD = (58.395, 57.12, 57.375)
 
-
-class DenseDetector(nn.Module):
+class DenseDetector(FPNDetector):
     """Backbone, FPN, a classification and a box tower.
 
     A subclass adds its predictors (`predict_cls`, `predict_box`), `decode`, `match` and `loss`;
@@ -52,15 +46,10 @@ class DenseDetector(nn.Module):
         reduce: whether normalisers are averaged over processes ("global") or not ("local").
     """
 
-    family: str
     box_coding: str
-    loss_weights: Mapping[str, float]
     nms_threshold: float
-    caffe_mean = IMAGENET_MEAN  # RGB here, although caffe-style networks take BGR
-    suffixes: tuple[str, ...] = ()  # of listed names, beside none
     quality_tower: str | None = None
     masks_padding = True  # cells beyond an image learn nothing; points have no such rule
-    relu_before_extra = False  # between the two coarse levels of the pyramid
 
     def __init__(
         self,
@@ -80,55 +69,25 @@ class DenseDetector(nn.Module):
         reduce: Reduce,
     ) -> None:
         """Builds the shared parts."""
-        super().__init__()
-        if num_classes < 1:
-            raise UserError(f"num_classes is {num_classes}; a detector needs at least one class")
-        self.name = f"{self.family}_{backbone}"
-        self.num_classes, self.grid, self.reduce = num_classes, grid, reduce
-        self.options: dict[str, Any] = {}  # what `create_detector` was given, for model.json
-        self.classes: list[str] | None = None
-        self.input_size: tuple[int, int] | None = None  # (short, long) that `predict` resizes to
-        self.backbone = Backbone(
-            backbone,
+        super().__init__(
+            backbone=backbone,
+            num_classes=num_classes,
             pretrained=pretrained,
             base_channels=base_channels,
             frozen_stages=frozen_stages,
             norm_eval=norm_eval,
+            fpn_channels=fpn_channels,
+            fpn_extra=fpn_extra,
         )
-        self.fpn = FPN(self.backbone.channels, fpn_channels, fpn_extra, self.relu_before_extra)
-        self.strides = self.fpn.strides
+        self.grid, self.reduce = grid, reduce
         self.towers = nn.ModuleDict(
             {
                 branch: Tower(fpn_channels, tower_channels, tower_depth, group_norm)
                 for branch in ("cls", "box")
             }
         )
-        self._register_normalization()
-
-    def _register_normalization(self) -> None:
-        caffe = self.backbone.caffe
-        mean = self.caffe_mean if caffe else IMAGENET_MEAN
-        std = (1.0, 1.0, 1.0) if caffe else IMAGENET_STD
-        self.register_buffer("pixel_mean", torch.tensor(mean), persistent=False)
-        self.register_buffer("pixel_std", torch.tensor(std), persistent=False)
-
-    pixel_mean: Tensor
-    pixel_std: Tensor
 
     # Stages, in the order of a forward pass.
-
-    def normalize(self, batch: Batch) -> Tensor:
-        """Images to float32 (B, 3, H, W), RGB or, caffe-style, BGR; padding is 0 afterwards."""
-        mean, std = self.pixel_mean[:, None, None], self.pixel_std[:, None, None]
-        images = (batch.images.float() - mean) / std
-        for image, (height, width) in zip(images, batch.sizes, strict=True):
-            image[:, height:] = 0
-            image[:, :, width:] = 0
-        return images.flip(1) if self.backbone.caffe else images
-
-    def pyramid(self, images: Tensor) -> Pyramid:
-        """Normalised images (B, 3, H, W) to P3..P7."""
-        return self.fpn(self.backbone(images))  # type: ignore[no-any-return]
 
     def head(self, pyramid: Pyramid, *, keep_pre_activation: bool = False) -> DenseOutput:
         """Towers, predictions and anchors of a pyramid."""
@@ -151,10 +110,6 @@ class DenseDetector(nn.Module):
                 for branch, levels in tower.items()
             }
         )
-
-    def forward(self, batch: Batch) -> DenseOutput:
-        """All stages up to the predictions."""
-        return self.head(self.pyramid(self.normalize(batch)))
 
     def _predict(self, ends: Mapping[str, Sequence[Tensor]]) -> Predictions:
         logits = [
@@ -256,33 +211,10 @@ class DenseDetector(nn.Module):
             for i, size in enumerate(sizes)
         ]
 
-    @torch.no_grad()
-    def predict(
-        self,
-        images: Tensor | Sequence[Tensor],
-        *,
-        score_threshold: float = 0.05,
-        max_detections: int = 100,
-    ) -> list[Detections]:
-        """Detections of images of any sizes, in pixels of each image as given.
-
-        Images are RGB (3, h, w), uint8 or float on the 0..255 scale, resized to the size the
-        detector was trained at when it knows one. The detector is left in the mode it was in.
-        """
-        training = self.training
-        self.eval()
-        found = [predict_image(self, i, score_threshold, max_detections) for i in images]
-        self.train(training)
-        return found
-
     @staticmethod
     def flat_anchors(anchors: Sequence[Tensor]) -> Tensor:
         """All levels as (P, 4)."""
         return torch.cat(list(anchors))
-
-    def weighted(self, terms: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Multiplies each raw term by its weight and names it `task/...`."""
-        return {f"task/{name}": value * self.loss_weights[name] for name, value in terms.items()}
 
 
 def split_anchors(level: Tensor, per_location: int) -> Tensor:

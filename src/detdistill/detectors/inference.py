@@ -14,6 +14,7 @@ from detdistill.boxes import clip_xyxy, keep_ratio_size
 from detdistill.structures import Batch, DenseOutput, Detections, flatten_maps
 
 if TYPE_CHECKING:
+    from detdistill.detectors.base import FPNDetector
     from detdistill.detectors.dense import DenseDetector
 
 BEST_PER_LEVEL = 1000
@@ -56,9 +57,9 @@ def detect_image(
 
 
 def predict_image(
-    detector: DenseDetector, image: Tensor, score_threshold: float, max_detections: int
+    detector: FPNDetector, image: Tensor, score_threshold: float, max_detections: int
 ) -> Detections:
-    """What `DenseDetector.predict` says, for one image (3, h, w)."""
+    """What `FPNDetector.predict` says, for one image (3, h, w)."""
     height, width = int(image.shape[-2]), int(image.shape[-1])
     size = (height, width)
     if detector.input_size is not None:

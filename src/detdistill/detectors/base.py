@@ -1,0 +1,160 @@
+"""What every detector of ours shares: a backbone and a pyramid, and the facts that travel along."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from detdistill.detectors.inference import predict_image
+from detdistill.errors import UserError
+from detdistill.parts.backbones import Backbone
+from detdistill.parts.fpn import FPN, ExtraFrom
+from detdistill.structures import (
+    Assignment,
+    Batch,
+    DenseOutput,
+    Detections,
+    Pyramid,
+    Targets,
+)
+
+IMAGENET_MEAN = (123.675, 116.28, 103.53)  # RGB, 0..255, as timm and MMDetection
+IMAGENET_STD = (58.395, 57.12, 57.375)
+
+
+class FPNDetector(nn.Module):
+    """Backbone and FPN; a subclass adds what stands on the pyramid.
+
+    Its stages follow each other: `normalize`, `pyramid`, `head`, then `assign` and `loss`, or
+    `detect`.
+
+    Args:
+        backbone: a timm model name.
+        num_classes: K.
+        pretrained: ImageNet weights for the backbone.
+        base_channels: width of a ResNet's first stage; 64 is full.
+        frozen_stages: backbone stages without training.
+        norm_eval: BatchNorm on stored statistics while training.
+        fpn_channels: channels of the pyramid.
+        fpn_extra: where the coarse levels start.
+    """
+
+    family: str
+    loss_weights: Mapping[str, float]
+    caffe_mean = IMAGENET_MEAN  # RGB here, although caffe-style networks take BGR
+    suffixes: tuple[str, ...] = ()  # of listed names, beside none
+    relu_before_extra = False  # between the coarse levels of the pyramid
+    pixel_mean: Tensor
+    pixel_std: Tensor
+
+    def __init__(
+        self,
+        *,
+        backbone: str,
+        num_classes: int,
+        pretrained: bool,
+        base_channels: int,
+        frozen_stages: int,
+        norm_eval: bool,
+        fpn_channels: int,
+        fpn_extra: ExtraFrom,
+    ) -> None:
+        """Builds backbone and pyramid."""
+        super().__init__()
+        if num_classes < 1:
+            raise UserError(f"num_classes is {num_classes}; a detector needs at least one class")
+        self.name = f"{self.family}_{backbone}"
+        self.num_classes = num_classes
+        self.options: dict[str, Any] = {}  # what `create_detector` was given, for model.json
+        self.classes: list[str] | None = None
+        self.input_size: tuple[int, int] | None = None  # (short, long) that `predict` resizes to
+        self.backbone = Backbone(
+            backbone,
+            pretrained=pretrained,
+            base_channels=base_channels,
+            frozen_stages=frozen_stages,
+            norm_eval=norm_eval,
+        )
+        self.fpn = FPN(self.backbone.channels, fpn_channels, fpn_extra, self.relu_before_extra)
+        self.strides = self.fpn.strides
+        caffe = self.backbone.caffe
+        mean = self.caffe_mean if caffe else IMAGENET_MEAN
+        std = (1.0, 1.0, 1.0) if caffe else IMAGENET_STD
+        self.register_buffer("pixel_mean", torch.tensor(mean), persistent=False)
+        self.register_buffer("pixel_std", torch.tensor(std), persistent=False)
+
+    def normalize(self, batch: Batch) -> Tensor:
+        """Images to float32 (B, 3, H, W), RGB or, caffe-style, BGR; padding is 0 afterwards."""
+        mean, std = self.pixel_mean[:, None, None], self.pixel_std[:, None, None]
+        images = (batch.images.float() - mean) / std
+        for image, (height, width) in zip(images, batch.sizes, strict=True):
+            image[:, height:] = 0
+            image[:, :, width:] = 0
+        return images.flip(1) if self.backbone.caffe else images
+
+    def pyramid(self, images: Tensor) -> Pyramid:
+        """Normalised images (B, 3, H, W) to P3..P7."""
+        return self.fpn(self.backbone(images))  # type: ignore[no-any-return]
+
+    def head(self, pyramid: Pyramid, *, keep_pre_activation: bool = False) -> DenseOutput:
+        """What is predicted at every location of the pyramid."""
+        raise NotImplementedError
+
+    def assign(self, output: DenseOutput, targets: Targets) -> Assignment:
+        """Who learns what, for the whole batch at once."""
+        raise NotImplementedError
+
+    def loss(
+        self, output: DenseOutput, targets: Targets, assignment: Assignment | None = None
+    ) -> dict[str, Tensor]:
+        """Weighted terms `task/...`; an assignment made before is reused."""
+        raise NotImplementedError
+
+    def detect(
+        self,
+        output: DenseOutput,
+        sizes: Sequence[tuple[int, int]],
+        *,
+        score_threshold: float = 0.05,
+        max_detections: int = 100,
+    ) -> list[Detections]:
+        """Final boxes of each image, in pixels of the batch, best first."""
+        raise NotImplementedError
+
+    def forward(self, batch: Batch) -> DenseOutput:
+        """All stages up to the predictions."""
+        return self.head(self.pyramid(self.normalize(batch)))
+
+    @torch.no_grad()
+    def predict(
+        self,
+        images: Tensor | Sequence[Tensor],
+        *,
+        score_threshold: float = 0.05,
+        max_detections: int = 100,
+    ) -> list[Detections]:
+        """Detections of images of any sizes, in pixels of each image as given.
+
+        Images are RGB (3, h, w), uint8 or float on the 0..255 scale, resized to the size the
+        detector was trained at when it knows one. The detector is left in the mode it was in.
+        """
+        training = self.training
+        self.eval()
+        found = [predict_image(self, i, score_threshold, max_detections) for i in images]
+        self.train(training)
+        return found
+
+    def weighted(self, terms: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Multiplies each raw term by its weight and names it `task/...`."""
+        return {f"task/{name}": value * self.loss_weights[name] for name, value in terms.items()}
+
+    def head_only(self) -> Self:
+        """A trainable copy without backbone and pyramid, to stand on another detector's pyramid."""
+        body = {name: self._modules.pop(name) for name in ("backbone", "fpn")}
+        assistant = copy.deepcopy(self)
+        self._modules.update(body)
+        return assistant.requires_grad_(True)
