@@ -4,8 +4,10 @@ import pytest
 import torch
 
 from detdistill import create_detector, list_detectors, load_detector, save_detector
+from detdistill.detectors.factory import split_name
 from detdistill.detectors.registry import FAMILIES
 from detdistill.detectors.stages import DenseHead
+from detdistill.parts.backbones import PLAIN_RESNETS
 from tests.helpers import NARROW, make_batch, narrow
 
 R18 = [f"{family}_r18" for family in FAMILIES.names()]
@@ -153,11 +155,25 @@ def test_any_timm_backbone_by_stride():
 @pytest.mark.slow
 @pytest.mark.parametrize("name", list_detectors())
 def test_every_listed_detector_trains_a_step(name):
-    detector = create_detector(name, 3, **NARROW)
+    trains_a_step(name)
+
+
+@pytest.mark.parametrize("short", ["swin_t", "mobilenetv2", "mobilenetv2_head"])
+def test_other_backbones_train_a_step(short):
+    trains_a_step(f"retinanet_{short}")
+
+
+def trains_a_step(name):
+    options = dict(NARROW)
+    if split_name(name, {})[1]["backbone"].removesuffix("_caffe") not in PLAIN_RESNETS:
+        del options["base_channels"]
+    detector = create_detector(name, 3, **options)
     batch = make_batch()
     losses = detector.loss(detector(batch), batch.padded_targets())
     sum(losses.values()).backward()
     assert all(loss.isfinite() for loss in losses.values())
+    idle = [n for n, p in detector.named_parameters() if p.grad is None]
+    assert idle == []
 
 
 def test_frozen_stages_and_stored_statistics():

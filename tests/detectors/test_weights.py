@@ -155,7 +155,7 @@ def test_mmdetection_keys_and_shapes_say_the_options(family, extra, tmp_path):
     assert (loaded.options["frozen_stages"], loaded.options["norm_eval"]) == (1, True)
     for name, tensor in detector.state_dict().items():
         assert torch.equal(loaded.state_dict()[name], tensor), name
-    assert len(MMDETECTION) == len({pattern for pattern, _ in MMDETECTION})
+    assert len(MMDETECTION) == len({pattern for pattern, *_ in MMDETECTION})
 
 
 @pytest.mark.parametrize(

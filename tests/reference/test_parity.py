@@ -19,6 +19,7 @@ from tests.reference import synthetic_checkpoint as synthetic
 FOLDER = Path(__file__).parent
 CASES = ["two", "one_empty", "all_empty"]
 DETECTORS = ["gfl_r50", "gfl_r101", "retinanet_r50", "atss_r50", "fcos_r50_caffe_gn"]
+RANDOM_TRAINING = ["retinanet_swin_t"]  # whole paths drop out: only outputs can be compared
 PAIRS = {
     "crosskd_gfl_r50_r101": ("gfl_r50", "gfl_r101"),
     "crosskd_retinanet_r50_r101": ("retinanet_r50", "retinanet_r101"),
@@ -69,9 +70,20 @@ def load(tmp_path_factory):
         path = folder / f"{case}_{part}.pth"
         state = synthetic.state_dict(facts["shapes"], facts["seed"])
         torch.save({"meta": {}, "state_dict": state}, path)
-        return load_detector(name, path)
+        return as_the_reference_ran(load_detector(name, path))
 
     return build
+
+
+def as_the_reference_ran(detector):
+    """Swin's relative positions are 0 there: noise from the checkpoint, cast to integers.
+
+    So all pairs of a window share the first bias; `test_names.py` checks the places themselves.
+    """
+    for module in detector.modules():
+        if hasattr(module, "relative_position_index"):
+            module.relative_position_index.zero_()
+    return detector
 
 
 def batch(case):
@@ -114,7 +126,7 @@ def assert_sampled(key, tensors, wanted):
         assert error <= 1e-3 * wanted[f"{key}{level}.stat"][1], (key, level)
 
 
-@pytest.mark.parametrize("name", DETECTORS)
+@pytest.mark.parametrize("name", [*DETECTORS, *RANDOM_TRAINING])
 def test_outputs_and_detections(load, name):
     detector, wanted = load(name, None, name).eval(), samples(name)
     with torch.no_grad():

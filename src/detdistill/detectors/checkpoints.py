@@ -3,10 +3,61 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 
 from torch import Tensor
 
-MMDETECTION = (
+SWIN, MOBILENET = "swin", "mobilenetv2"
+
+
+def _mobilenet_rows() -> Iterator[tuple[str, str, str]]:
+    """MobileNetV2: MMDetection counts layers from 1 and names convolutions by what they do."""
+    first = {"depthwise_conv": ("conv_dw", "bn1"), "linear_conv": ("conv_pw", "bn2")}
+    others = {
+        "expand_conv": ("conv_pw", "bn1"),
+        "depthwise_conv": ("conv_dw", "bn2"),
+        "linear_conv": ("conv_pwl", "bn3"),
+    }
+    for layer in range(1, 8):
+        for theirs, (conv, norm) in (first if layer == 1 else others).items():
+            for part, ours in (("conv", conv), ("bn", norm)):
+                yield (
+                    rf"backbone\.layer{layer}\.(\d+)\.{theirs}\.{part}\.(\w+)",
+                    rf"backbone.body.blocks.{layer - 1}.\1.{ours}.\2",
+                    MOBILENET,
+                )
+    yield r"backbone\.conv1\.conv\.(\w+)", r"backbone.body.conv_stem.\1", MOBILENET
+    yield r"backbone\.conv1\.bn\.(\w+)", r"backbone.body.bn1.\1", MOBILENET
+    yield r"backbone\.conv2\.(conv|bn)\.(\w+)", r"backbone.top.\1.\2", MOBILENET
+
+
+def _swin_rows() -> Iterator[tuple[str, str, str]]:
+    """Swin: MMDetection merges patches at the end of a stage, timm at the start of the next."""
+    yield (
+        r"backbone\.patch_embed\.projection\.(\w+)",
+        r"backbone.body.patch_embed.proj.\1",
+        SWIN,
+    )
+    block = (r"backbone\.stages\.(\d+)\.blocks\.(\d+)", r"backbone.body.layers_\1.blocks.\2")
+    for theirs, ours in (
+        (r"\.attn\.w_msa\.(.+)", r".attn.\3"),
+        (r"\.ffn\.layers\.0\.0\.(\w+)", r".mlp.fc1.\3"),
+        (r"\.ffn\.layers\.1\.(\w+)", r".mlp.fc2.\3"),
+        (r"\.norm(\d)\.(\w+)", r".norm\3.\4"),
+    ):
+        yield block[0] + theirs, block[1] + ours, SWIN
+    for stage in range(3):
+        yield (
+            rf"backbone\.stages\.{stage}\.downsample\.(\w+)\.(\w+)",
+            rf"backbone.body.layers_{stage + 1}.downsample.\1.\2",
+            SWIN,
+        )
+    yield r"backbone\.norm(\d)\.(\w+)", r"backbone.norms.\1.\2", SWIN
+
+
+MMDETECTION: tuple[tuple[str, ...], ...] = (
+    *_mobilenet_rows(),
+    *_swin_rows(),
     (r"backbone\.(.+)", r"backbone.body.\1"),
     (r"neck\.lateral_convs\.(\d+)\.conv\.(\w+)", r"fpn.lateral.\1.\2"),
     (r"neck\.fpn_convs\.(\d+)\.conv\.(\w+)", r"fpn.output.\1.\2"),
@@ -14,16 +65,31 @@ MMDETECTION = (
     (r"bbox_head\.cls_convs\.(\d+)\.gn\.(\w+)", r"towers.cls.blocks.\1.norm.\2"),
     (r"bbox_head\.reg_convs\.(\d+)\.conv\.(\w+)", r"towers.box.blocks.\1.conv.\2"),
     (r"bbox_head\.reg_convs\.(\d+)\.gn\.(\w+)", r"towers.box.blocks.\1.norm.\2"),
-    (r"bbox_head\.(?:(?:retina|gfl|atss)_cls|conv_cls)\.(\w+)", r"logits.\1"),
-    (r"bbox_head\.(?:retina|atss)_reg\.(\w+)", r"deltas.\1"),
-    (r"bbox_head\.conv_reg\.(\w+)", r"distances.\1"),
-    (r"bbox_head\.(?:atss|conv)_centerness\.(\w+)", r"quality.\1"),
-    (r"bbox_head\.gfl_reg\.(\w+)", r"distributions.\1"),
+    (r"bbox_head\.retina_cls\.(\w+)", r"logits.\1", "retinanet"),
+    (r"bbox_head\.gfl_cls\.(\w+)", r"logits.\1", "gfl"),
+    (r"bbox_head\.atss_cls\.(\w+)", r"logits.\1", "atss"),
+    (r"bbox_head\.conv_cls\.(\w+)", r"logits.\1", "fcos"),
+    (r"bbox_head\.retina_reg\.(\w+)", r"deltas.\1", "retinanet"),
+    (r"bbox_head\.atss_reg\.(\w+)", r"deltas.\1", "atss"),
+    (r"bbox_head\.conv_reg\.(\w+)", r"distances.\1", "fcos"),
+    (r"bbox_head\.atss_centerness\.(\w+)", r"quality.\1", "atss"),
+    (r"bbox_head\.conv_centerness\.(\w+)", r"quality.\1", "fcos"),
+    (r"bbox_head\.gfl_reg\.(\w+)", r"distributions.\1", "gfl"),
     (r"bbox_head\.scales\.(\d+)\.scale", r"scales.\1.scale"),
 )
-"""MMDetection 2.x and 3.x names (pattern) and ours (replacement)."""
+"""MMDetection 2.x and 3.x names (pattern) and ours (replacement), the first that matches counts.
 
-CONSTANTS = frozenset({"bbox_head.integral.project"})  # GFL's bin centres 0..reg_max
+A third element says which family or backbone alone has the row; without it all have it.
+"""
+
+CONSTANTS = re.compile(r"bbox_head\.integral\.project|.+\.relative_position_index")
+"""GFL's bin centres 0..reg_max, and the places of a Swin window: no weights."""
+
+
+MERGED = re.compile(
+    r"backbone\.body\.layers_\d\.downsample\.(norm\.(weight|bias)|reduction\.weight)"
+)
+"""Our names of the tensors whose last dimension holds four merged patches of a Swin."""
 
 
 def is_mmdetection(state: dict[str, Tensor]) -> bool:
@@ -33,9 +99,9 @@ def is_mmdetection(state: dict[str, Tensor]) -> bool:
 
 def rename_mmdetection(name: str) -> str | None:
     """Our name of an MMDetection tensor; None for a constant; the name itself when unknown."""
-    if name in CONSTANTS:
+    if CONSTANTS.fullmatch(name):
         return None
-    for pattern, replacement in MMDETECTION:
+    for pattern, replacement, *_ in MMDETECTION:
         if re.fullmatch(pattern, name):
             return re.sub(pattern, replacement, name)
     return name
@@ -44,17 +110,31 @@ def rename_mmdetection(name: str) -> str | None:
 def from_mmdetection(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """The same tensors under our names."""
     renamed = {rename_mmdetection(name): tensor for name, tensor in state.items()}
-    return {name: tensor for name, tensor in renamed.items() if name is not None}
+    return {
+        name: _merge_order(tensor) if MERGED.fullmatch(name) else tensor
+        for name, tensor in renamed.items()
+        if name is not None
+    }
+
+
+def _merge_order(tensor: Tensor) -> Tensor:
+    """Reorders the four patches that Swin merges, in (..., 4*C).
+
+    MMDetection unfolds: channel, row, column. timm stacks: column, row, channel.
+    """
+    patches = tensor.reshape(*tensor.shape[:-1], -1, 2, 2)
+    return patches.transpose(-1, -3).reshape(tensor.shape)
 
 
 def implied_options(state: dict[str, Tensor]) -> dict[str, object]:
     """Detector keywords that the shapes of a published checkpoint (our names) give away.
 
-    The widths, the depth and where the extra pyramid levels start; published training froze the
-    first stage and kept BatchNorm on stored statistics. `fpn_extra` stays open where C5 happens to
-    be as wide as the pyramid.
+    The widths, the depth and where the extra pyramid levels start; published training of ResNets
+    froze the first stage and kept BatchNorm on stored statistics. `fpn_extra` stays open where C5
+    happens to be as wide as the pyramid.
     """
-    options: dict[str, object] = {"frozen_stages": 1, "norm_eval": True}
+    residual = "backbone.body.layer1.0.conv1.weight" in state
+    options: dict[str, object] = {"frozen_stages": 1, "norm_eval": True} if residual else {}
     if "fpn.lateral.2.weight" in state:
         fpn, c5 = state["fpn.lateral.2.weight"].shape[:2]
         options["fpn_channels"] = int(fpn)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from fnmatch import fnmatch
+from pathlib import Path
 from typing import Any
 
 import timm
@@ -11,6 +12,7 @@ from detdistill.detectors import atss as atss  # each import files a family in t
 from detdistill.detectors import fcos as fcos
 from detdistill.detectors import gfl as gfl
 from detdistill.detectors import retinanet as retinanet
+from detdistill.detectors.backbone_weights import load_backbone
 from detdistill.detectors.dense import DenseDetector
 from detdistill.detectors.registry import BACKBONES, FAMILIES
 from detdistill.errors import UserError
@@ -34,24 +36,32 @@ def list_detectors(pattern: str = "*") -> list[str]:
     return [name for name in names if fnmatch(name, pattern)]
 
 
-def create_detector(name: str, num_classes: int, **options: Any) -> DenseDetector:
+def create_detector(
+    name: str, num_classes: int, *, backbone_weights: str | Path | None = None, **options: Any
+) -> DenseDetector:
     """Builds a detector with fresh weights.
 
     Args:
         name: family and backbone, e.g. "gfl_r18" or "fcos_r50_caffe_gn" ("caffe": see `Backbone`;
             "gn": `group_norm=True`); a family alone takes `backbone=`.
         num_classes: K.
+        backbone_weights: a file with ImageNet weights for the backbone, where `pretrained=True`
+            cannot download them: timm's, torchvision's ResNets or OpenMMLab's.
         **options: the detector's own keywords (see its class); published values by default.
 
     Raises:
         UserError: for an unknown name or keyword, a value of the wrong type, a backbone without
-            the needed feature maps.
+            the needed feature maps, a file that does not fit.
     """
     family, options = split_name(name, options)
     keywords = checked_keywords(f"detector {family!r}", FAMILIES.get(family), options)
+    if backbone_weights is not None and keywords["pretrained"]:
+        raise UserError("pretrained=True and backbone_weights both fill the backbone; keep one")
     detector = FAMILIES.get(family)(num_classes, **keywords)
     assert isinstance(detector, DenseDetector)
     detector.name, detector.options = name, keywords
+    if backbone_weights is not None:
+        load_backbone(detector.backbone, backbone_weights, keywords["backbone"])
     return detector
 
 

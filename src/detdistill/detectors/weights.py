@@ -4,24 +4,22 @@ from __future__ import annotations
 
 import json
 import os
-import pickle
-import warnings
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import BaseModel, Field, ValidationError
-from safetensors.torch import load_file, save
+from safetensors.torch import save
 from torch import Tensor
 
 from detdistill.detectors.checkpoints import from_mmdetection, implied_options, is_mmdetection
 from detdistill.detectors.dense import DenseDetector
 from detdistill.detectors.factory import create_detector
+from detdistill.detectors.files import few, read_state
 from detdistill.errors import UserError
 
 FORMAT = 1
-FOREIGN_OBJECTS = ("Unsupported global", "Unsupported class", "Trying to")
-"""What `torch.load` says of objects that it will not make; all else means a damaged file."""
+COUNTER = ".num_batches_tracked"  # of BatchNorm; frozen ones and files from before 2019 have none
 
 
 class Facts(BaseModel):
@@ -140,47 +138,16 @@ def _load_own(
     return detector
 
 
-def read_state(file: Path) -> dict[str, Tensor]:
-    """Tensors by name from .safetensors, or from a pickle without running code from it."""
-    try:
-        if file.suffix == ".safetensors":
-            return load_file(file)
-        with warnings.catch_warnings(action="ignore"):  # about protocols, before our sentence
-            loaded = torch.load(file, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        if not any(sign in str(error) for sign in FOREIGN_OBJECTS):
-            raise _unreadable(file, error) from None
-        raise UserError(
-            f"{file} holds Python objects besides tensors, which could run code and are not "
-            f"loaded; save its plain tensors in the environment it came from: "
-            f'torch.save({{"state_dict": model.state_dict()}}, "clean.pth")'
-        ) from None
-    except Exception as error:  # a damaged pickle can raise anything
-        raise _unreadable(file, error) from None
-    state = loaded.get("state_dict", loaded) if isinstance(loaded, dict) else loaded
-    if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
-        raise UserError(f"{file}: no table of tensors (a state_dict) in this file")
-    return state
-
-
-def _unreadable(file: Path, error: Exception) -> UserError:
-    reason = " ".join(str(error).split())[:120]
-    return UserError(
-        f"{file}: not a readable weights file, perhaps truncated ({type(error).__name__}: "
-        f"{reason}); copy or download it again"
-    )
-
-
 def _count_classes(state: dict[str, Tensor], name: str, file: Path) -> int:
     if "logits.bias" not in state or state["logits.bias"].dim() != 1:
-        raise UserError(f"{file}: these are not the weights of {name}: {_few(list(state))}")
+        raise UserError(f"{file}: these are not the weights of {name}: {few(list(state))}")
     anchors = create_detector(name, 1, fpn_channels=8, tower_channels=8).grid.per_location
     return max(1, len(state["logits.bias"]) // anchors)
 
 
 def _fill(detector: DenseDetector, state: dict[str, Tensor], file: Path, strict: bool) -> None:
     own = detector.state_dict()
-    faults = [f"missing {k}" for k in own if k not in state]
+    faults = [f"missing {k}" for k in own if k not in state and not k.endswith(COUNTER)]
     faults += [f"left over {k}" for k in state if k not in own]
     faults += [
         f"{k} is {tuple(state[k].shape)}, not {tuple(own[k].shape)}"
@@ -194,7 +161,3 @@ def _fill(detector: DenseDetector, state: dict[str, Tensor], file: Path, strict:
         )
     fitting = {k: v for k, v in state.items() if k in own and v.shape == own[k].shape}
     detector.load_state_dict(fitting, strict=False)
-
-
-def _few(names: list[str]) -> str:
-    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
