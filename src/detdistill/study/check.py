@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from detdistill.data import open_dataset, require_same_classes
-from detdistill.detectors import DenseDetector, create_detector
+from detdistill.detectors import FPNDetector, create_detector
 from detdistill.distill import Distiller, create_method
 from detdistill.engine.build import load_teacher
 from detdistill.errors import UserError
@@ -35,7 +35,7 @@ def check_study(recipe: Recipe, teacher: str, methods: Sequence[str], seeds: Seq
         require_same_classes(train, split)
     if not any((~record.crowd).any() for record in test.records):
         raise UserError(f"{test.source}: no test image has a usable box; nothing can be measured")
-    model: DenseDetector | None
+    model: FPNDetector | None
     if teacher_file(teacher) is None:
         model = create_detector(teacher, len(train.classes), **recipe.teacher_options)
         model.classes = list(train.classes)
@@ -72,7 +72,7 @@ def teacher_file(teacher: str) -> Path | None:
     return None
 
 
-def existing_teacher(recipe: Recipe) -> DenseDetector:
+def existing_teacher(recipe: Recipe) -> FPNDetector:
     """The teacher that a recipe names, loaded."""
     teacher = load_teacher(recipe)
     assert teacher is not None, "the recipe names a teacher"
