@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from detdistill.data import open_dataset, require_same_classes
 from detdistill.detectors import FPNDetector, create_detector
@@ -44,13 +43,8 @@ def check_study(recipe: Recipe, teacher: str, methods: Sequence[str], seeds: Seq
     student = create_detector(recipe.student, len(train.classes), **recipe.student_options)
     student.classes = list(train.classes)
     for name in methods:
-        parts = method_options(recipe, name).items()
+        parts = recipe.methods_of(name).items()
         Distiller(student, model, {part: create_method(part, **given) for part, given in parts})
-
-
-def method_options(recipe: Recipe, name: str) -> dict[str, dict[str, Any]]:
-    """Methods of an arm such as "crosskd+pkd", with the recipe's options for them."""
-    return {part: recipe.methods.get(part, {}) for part in name.split("+")}
 
 
 def teacher_file(teacher: str) -> Path | None:
