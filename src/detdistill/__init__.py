@@ -15,6 +15,7 @@ _HOMES = {
     "Distiller": "detdistill.distill",
     "PKD": "detdistill.distill",
     "UserError": "detdistill.errors",
+    "as_detector": "detdistill.detectors",
     "create_detector": "detdistill.detectors",
     "create_method": "detdistill.distill",
     "evaluate": "detdistill.evaluation",
@@ -27,6 +28,7 @@ _HOMES = {
 
 if TYPE_CHECKING:
     from detdistill.detectors import (
+        as_detector,
         create_detector,
         list_detectors,
         load_detector,
@@ -46,6 +48,7 @@ __all__ = [
     "Distiller",
     "UserError",
     "__version__",
+    "as_detector",
     "create_detector",
     "create_method",
     "evaluate",

@@ -48,6 +48,7 @@ class FPNDetector(nn.Module):
     caffe_mean = IMAGENET_MEAN  # RGB here, although caffe-style networks take BGR
     suffixes: tuple[str, ...] = ()  # of listed names, beside none
     relu_before_extra = False  # between the coarse levels of the pyramid
+    strides: tuple[int, ...]
     pixel_mean: Tensor
     pixel_std: Tensor
 
@@ -90,10 +91,7 @@ class FPNDetector(nn.Module):
     def normalize(self, batch: Batch) -> Tensor:
         """Images to float32 (B, 3, H, W), RGB or, caffe-style, BGR; padding is 0 afterwards."""
         mean, std = self.pixel_mean[:, None, None], self.pixel_std[:, None, None]
-        images = (batch.images.float() - mean) / std
-        for image, (height, width) in zip(images, batch.sizes, strict=True):
-            image[:, height:] = 0
-            image[:, :, width:] = 0
+        images = blank_padding((batch.images.float() - mean) / std, batch.sizes)
         return images.flip(1) if self.backbone.caffe else images
 
     def pyramid(self, images: Tensor) -> Pyramid:
@@ -168,3 +166,11 @@ class FPNDetector(nn.Module):
         assistant = copy.deepcopy(self)
         self._modules.update(body)
         return assistant.requires_grad_(True)
+
+
+def blank_padding(images: Tensor, sizes: Sequence[tuple[int, int]]) -> Tensor:
+    """Sets (B, 3, H, W) to 0, in place, beyond each image's own (h, w)."""
+    for image, (height, width) in zip(images, sizes, strict=True):
+        image[:, height:] = 0
+        image[:, :, width:] = 0
+    return images

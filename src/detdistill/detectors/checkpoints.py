@@ -5,7 +5,11 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
+import torch
 from torch import Tensor
+
+from detdistill.detectors.base import FPNDetector
+from detdistill.errors import UserError
 
 SWIN, MOBILENET = "swin", "mobilenetv2"
 
@@ -92,6 +96,29 @@ MERGED = re.compile(
 """Our names of the tensors whose last dimension holds four merged patches of a Swin."""
 
 
+HEAD_STUDENT = "rpn_head.cls_convs."
+"""HEAD trains the student's dense head in the place of an RPN, which has no such towers."""
+
+
+def without_helpers(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
+    """A distilled student alone, and the names of what stood beside it for training.
+
+    That is CrossKD's teacher, and HEAD's assistant with its adapters; the student's own head gets
+    the name that it has in a plain detector.
+    """
+    if any(name.startswith(HEAD_STUDENT) for name in state):
+        own = ("backbone.", "neck.", "rpn_head.")
+        helpers = [name for name in state if not name.startswith(own)]
+        kept = {
+            re.sub(r"^rpn_head\.", "bbox_head.", name): tensor
+            for name, tensor in state.items()
+            if name.startswith(own)
+        }
+        return kept, helpers
+    helpers = [name for name in state if name.startswith("teacher.")]
+    return {name: tensor for name, tensor in state.items() if name not in helpers}, helpers
+
+
 def is_mmdetection(state: dict[str, Tensor]) -> bool:
     """Whether the keys are those of an MMDetection one-stage detector."""
     return any(key.startswith("bbox_head.") for key in state)
@@ -124,6 +151,64 @@ def _merge_order(tensor: Tensor) -> Tensor:
     """
     patches = tensor.reshape(*tensor.shape[:-1], -1, 2, 2)
     return patches.transpose(-1, -3).reshape(tensor.shape)
+
+
+def to_mmdetection(detector: FPNDetector) -> dict[str, Tensor]:
+    """A detector's weights under the names of MMDetection 2.x and 3.x, constants included.
+
+    The inverse of `from_mmdetection`, bit for bit: what was loaded from MMDetection goes back as it
+    came.
+
+    Raises:
+        UserError: for a detector that MMDetection has no names for.
+    """
+    owners = {detector.family, _backbone_kind(detector)}
+    rows = [_inverse(*row[:2]) for row in MMDETECTION if not row[2:] or row[2] in owners]
+    state = {}
+    for name, tensor in detector.state_dict().items():
+        theirs = next((re.sub(p, r, name) for p, r in rows if re.fullmatch(p, name)), None)
+        if theirs is None:
+            raise UserError(f"MMDetection has no name for {name} of {detector.name}")
+        if MERGED.fullmatch(name):
+            rows_first = tensor.reshape(*tensor.shape[:-1], 2, 2, -1)
+            tensor = rows_first.transpose(-1, -3).reshape(tensor.shape)
+        state[theirs] = tensor.detach().clone()
+    return {**state, **_constants(detector)}
+
+
+def _backbone_kind(detector: FPNDetector) -> str:
+    """Owner of the rows for the detector's backbone; `UserError` where there are none."""
+    name = str(detector.options.get("backbone", type(detector).__name__))
+    kinds = {"resnet": "resnet", "resnext": "resnet", "swin_": SWIN, "mobilenetv2_100": MOBILENET}
+    kind = next((kind for start, kind in kinds.items() if name.startswith(start)), None)
+    plain = kind != "resnet" or "backbone.body.conv1.weight" in detector.state_dict()
+    if kind is None or not plain:
+        raise UserError(
+            f"MMDetection has no backbone {name!r}; it has ResNets, ResNeXts, MobileNetV2 and Swin"
+        )
+    return kind
+
+
+def _inverse(pattern: str, replacement: str) -> tuple[str, str]:
+    """The row that renames back. Groups stand in the same order on both sides."""
+    back, theirs = replacement.replace(".", r"\."), pattern
+    for index, group in enumerate(re.findall(r"\([^()]+\)", pattern), 1):
+        back = back.replace(f"\\{index}", group)
+        theirs = theirs.replace(group, f"\\{index}", 1)
+    return back, theirs.replace(r"\.", ".")
+
+
+def _constants(detector: FPNDetector) -> dict[str, Tensor]:
+    """What MMDetection keeps among its weights although it never changes."""
+    found = {}
+    if "distributions.weight" in detector.state_dict():
+        bins = int(detector.options["reg_max"])
+        found["bbox_head.integral.project"] = torch.linspace(0, bins, bins + 1)
+    for name, places in detector.backbone.body.named_buffers():
+        place = re.fullmatch(r"layers_(.+)\.attn\.relative_position_index", name)
+        if place:
+            found[f"backbone.stages.{place[1]}.attn.w_msa.relative_position_index"] = places
+    return found
 
 
 def implied_options(state: dict[str, Tensor]) -> dict[str, object]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import warnings
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -13,11 +14,16 @@ from safetensors.torch import save
 from torch import Tensor
 
 from detdistill.detectors.base import FPNDetector
-from detdistill.detectors.checkpoints import from_mmdetection, implied_options, is_mmdetection
+from detdistill.detectors.checkpoints import (
+    from_mmdetection,
+    implied_options,
+    is_mmdetection,
+    without_helpers,
+)
 from detdistill.detectors.dense import DenseDetector
 from detdistill.detectors.factory import create_detector
 from detdistill.detectors.files import few, read_state
-from detdistill.errors import UserError
+from detdistill.errors import UserError, UserNotice
 
 FORMAT = 1
 COUNTER = ".num_batches_tracked"  # of BatchNorm; frozen ones and files from before 2019 have none
@@ -91,7 +97,15 @@ def load_detector(
             f"{file}: no {facts_file.name} beside it says which detector this is; "
             f"name it, e.g. --detector gfl_r50"
         )
-    state = read_state(file)
+    state, helpers = without_helpers(read_state(file))
+    if helpers:
+        parts = sorted({name.partition(".")[0] for name in helpers})
+        warnings.warn(
+            f"{file}: the student alone is loaded; left out: {len(helpers)} tensors of what helped "
+            f"to train it ({', '.join(parts)})",
+            UserNotice,
+            stacklevel=2,
+        )
     if is_mmdetection(state):
         state = from_mmdetection(state)
         options = {**implied_options(state), **options}
