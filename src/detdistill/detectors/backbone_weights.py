@@ -8,12 +8,11 @@ from pathlib import Path
 from torch import Tensor
 
 from detdistill.detectors.checkpoints import from_mmdetection
-from detdistill.detectors.files import few, read_state
+from detdistill.detectors.files import few, misfits, read_state
 from detdistill.errors import UserError
 from detdistill.parts.backbones import Backbone
 
 BUFFERS = re.compile(r".+\.(attn_mask|relative_position_index)")  # of Swin, which makes its own
-COUNTER = ".num_batches_tracked"  # of BatchNorm; files from before 2019 have none
 
 
 def load_backbone(backbone: Backbone, path: str | Path, name: str) -> None:
@@ -35,24 +34,17 @@ def load_backbone(backbone: Backbone, path: str | Path, name: str) -> None:
         raise UserError(f"{file}: no such file with weights of the backbone {name}")
     state = _under_our_names(read_state(file), backbone)
     own = {k: v for k, v in backbone.state_dict().items() if not k.startswith("norms.")}
-    faults = [f"missing {k}" for k in own if k not in state and not k.endswith(COUNTER)]
-    faults += [
-        f"{k} is {tuple(state[k].shape)}, not {tuple(own[k].shape)}"
-        for k in own
-        if k in state and state[k].shape != own[k].shape
-    ]
     # A deeper network of the same kind holds every tensor of this one: what belongs to the body
-    # must be the body's.
+    # must be the body's. All else is the classifier.
     parts = {f"body.{part}" for part, _ in backbone.body.named_children()}
-    faults += [
-        f"left over {k}" for k in state if k not in own and ".".join(k.split(".")[:2]) in parts
-    ]
+    state = {k: v for k, v in state.items() if k in own or ".".join(k.split(".")[:2]) in parts}
+    faults = misfits(own, state)
     if faults:
         raise UserError(
             f"{file} does not fit the backbone {name} in {len(faults)} tensors: {few(faults)}; "
             f"choose the file of this very network"
         )
-    backbone.load_state_dict({k: v for k, v in state.items() if k in own}, strict=False)
+    backbone.load_state_dict(state, strict=False)
 
 
 def _under_our_names(state: dict[str, Tensor], backbone: Backbone) -> dict[str, Tensor]:

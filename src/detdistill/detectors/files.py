@@ -5,12 +5,13 @@ from __future__ import annotations
 import pickle
 import warnings
 from collections import OrderedDict
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from detdistill.errors import UserError
 
@@ -24,6 +25,7 @@ METADATA = frozenset(
 
 MAPPINGS = frozenset({"ConfigDict", "Dict"})  # filled item by item
 
+COUNTER = ".num_batches_tracked"
 WRAPPERS = ("state_dict", "model")  # of OpenMMLab and timm; of torchvision's references and Swin
 
 
@@ -106,6 +108,33 @@ def _unreadable(file: Path, error: Exception) -> UserError:
         f"{file}: not a readable weights file, perhaps truncated ({type(error).__name__}: "
         f"{reason}); copy or download it again"
     )
+
+
+def misfits(own: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> list[str]:
+    """Every tensor of a file that a module lacks, and the reverse, and every other shape.
+
+    A counter of BatchNorm may be missing: frozen ones and files from before 2019 have none.
+    """
+    faults = [f"missing {k}" for k in own if k not in state and not k.endswith(COUNTER)]
+    faults += [f"left over {k}" for k in state if k not in own]
+    return faults + [
+        f"{k} is {tuple(state[k].shape)}, not {tuple(own[k].shape)}"
+        for k in own
+        if k in state and state[k].shape != own[k].shape
+    ]
+
+
+def fill(module: nn.Module, name: str, state: dict[str, Tensor], file: Path, strict: bool) -> None:
+    """Loads what fits; `UserError` with every misfit unless `strict` is False."""
+    own = module.state_dict()
+    faults = misfits(own, state)
+    if faults and strict:
+        raise UserError(
+            f"{file} does not fit {name} in {len(faults)} tensors: {'; '.join(faults)}; "
+            f"choose the detector it was trained as, or load with strict=False"
+        )
+    fitting = {k: v for k, v in state.items() if k in own and v.shape == own[k].shape}
+    module.load_state_dict(fitting, strict=False)
 
 
 def few(names: list[str]) -> str:

@@ -22,11 +22,17 @@ from detdistill.detectors.checkpoints import (
 )
 from detdistill.detectors.dense import DenseDetector
 from detdistill.detectors.factory import create_detector
-from detdistill.detectors.files import few, read_state
+from detdistill.detectors.files import few, fill, read_state
+from detdistill.detectors.torchvision_models import (
+    PREFIX,
+    is_torchvision,
+    load_view,
+    settings_of,
+)
+from detdistill.detectors.views import DenseView
 from detdistill.errors import UserError, UserNotice
 
 FORMAT = 1
-COUNTER = ".num_batches_tracked"  # of BatchNorm; frozen ones and files from before 2019 have none
 
 
 class Facts(BaseModel):
@@ -50,10 +56,13 @@ def save_detector(
     Both files appear whole or not at all; the weights come last, so that a pair is complete.
     """
     path = Path(path)
+    module, options = detector, detector.options
+    if isinstance(detector, DenseView):  # the user's model, under the names that it knows
+        module, options = detector.model, settings_of(detector)
     facts = {
         "format": FORMAT,
         "detector": detector.name,
-        "options": detector.options,
+        "options": options,
         "num_classes": detector.num_classes,
         "classes": detector.classes,
         "pixel_mean": detector.pixel_mean.tolist(),
@@ -61,7 +70,7 @@ def save_detector(
         "input_size": detector.input_size,
         "provenance": provenance or {},
     }
-    state = {k: v.detach().cpu().contiguous() for k, v in detector.state_dict().items()}
+    state = {k: v.detach().cpu().contiguous() for k, v in module.state_dict().items()}
     facts_file, temporary = path.with_suffix(".json"), path.with_suffix(".tmp")
     temporary.write_text(json.dumps(facts, indent=1), encoding="utf-8")
     os.replace(temporary, facts_file)
@@ -80,9 +89,12 @@ def load_detector(
 
     Args:
         name: detector name, e.g. "gfl_r101"; or, for our own files, the file or run folder alone.
-        path: our `model.safetensors`, an MMDetection `.pth`, or a run folder.
+        path: our `model.safetensors`, a run folder, an MMDetection checkpoint, a released student
+            of CrossKD or HEAD (which loads alone, and says so), or the state_dict of torchvision's
+            RetinaNet or FCOS, which becomes a view (see `as_detector`); told apart by their keys.
         strict: refuse a file that does not fit in every tensor.
-        **options: the detector's keywords, over what the file says or implies.
+        **options: the detector's keywords, over what the file says or implies; for torchvision's
+            weights those of `torchvision_models.Settings`.
 
     Raises:
         UserError: missing, truncated or foreign file, code in a pickle, tensors that do not fit.
@@ -97,21 +109,28 @@ def load_detector(
             f"{file}: no {facts_file.name} beside it says which detector this is; "
             f"name it, e.g. --detector gfl_r50"
         )
-    state, helpers = without_helpers(read_state(file))
+    state = _student_alone(read_state(file), file)
+    if is_torchvision(state):
+        return load_view(state, file, wanted, strict, options)
+    if is_mmdetection(state):
+        state = from_mmdetection(state)
+        options = {**implied_options(state), **options}
+    detector = create_detector(wanted, _count_classes(state, wanted, file), **options)
+    fill(detector, detector.name, state, file, strict)
+    return detector
+
+
+def _student_alone(state: dict[str, Tensor], file: Path) -> dict[str, Tensor]:
+    kept, helpers = without_helpers(state)
     if helpers:
         parts = sorted({name.partition(".")[0] for name in helpers})
         warnings.warn(
             f"{file}: the student alone is loaded; left out: {len(helpers)} tensors of what helped "
             f"to train it ({', '.join(parts)})",
             UserNotice,
-            stacklevel=2,
+            stacklevel=3,
         )
-    if is_mmdetection(state):
-        state = from_mmdetection(state)
-        options = {**implied_options(state), **options}
-    detector = create_detector(wanted, _count_classes(state, wanted, file), **options)
-    _fill(detector, state, file, strict)
-    return detector
+    return kept
 
 
 def _weights_file(path: Path) -> Path:
@@ -141,6 +160,11 @@ def _load_own(
 ) -> DenseDetector:
     if wanted is not None and wanted != facts.detector:
         raise UserError(f"{file} holds {facts.detector}, not {wanted}; leave the name out")
+    if facts.detector.startswith(PREFIX):
+        given = {**facts.options, **options}
+        view = load_view(read_state(file), file, facts.detector, strict, given)
+        view.classes = facts.classes
+        return view
     given = {**facts.options, "pretrained": False, **options}
     try:
         detector = create_detector(facts.detector, facts.num_classes, **given)
@@ -149,7 +173,7 @@ def _load_own(
     detector.classes, detector.input_size = facts.classes, facts.input_size
     detector.pixel_mean.copy_(torch.tensor(facts.pixel_mean))
     detector.pixel_std.copy_(torch.tensor(facts.pixel_std))
-    _fill(detector, read_state(file), file, strict)
+    fill(detector, detector.name, read_state(file), file, strict)
     return detector
 
 
@@ -158,21 +182,3 @@ def _count_classes(state: dict[str, Tensor], name: str, file: Path) -> int:
         raise UserError(f"{file}: these are not the weights of {name}: {few(list(state))}")
     anchors = create_detector(name, 1, fpn_channels=8, tower_channels=8).grid.per_location
     return max(1, len(state["logits.bias"]) // anchors)
-
-
-def _fill(detector: DenseDetector, state: dict[str, Tensor], file: Path, strict: bool) -> None:
-    own = detector.state_dict()
-    faults = [f"missing {k}" for k in own if k not in state and not k.endswith(COUNTER)]
-    faults += [f"left over {k}" for k in state if k not in own]
-    faults += [
-        f"{k} is {tuple(state[k].shape)}, not {tuple(own[k].shape)}"
-        for k in own
-        if k in state and state[k].shape != own[k].shape
-    ]
-    if faults and strict:
-        raise UserError(
-            f"{file} does not fit {detector.name} in {len(faults)} tensors: {'; '.join(faults)}; "
-            f"choose the detector it was trained as, or load with strict=False"
-        )
-    fitting = {k: v for k, v in state.items() if k in own and v.shape == own[k].shape}
-    detector.load_state_dict(fitting, strict=False)
