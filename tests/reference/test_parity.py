@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from detdistill import PKD, Batch, CrossKD, Distiller, load_detector
-from detdistill.detectors.checkpoints import rename_mmdetection
+from detdistill.detectors.checkpoints import rename_mmdetection, to_mmdetection_state
 from tests.reference import synthetic_checkpoint as synthetic
 
 FOLDER = Path(__file__).parent
@@ -140,6 +140,15 @@ def test_outputs_and_detections(load, name):
         np.testing.assert_allclose(found.scores, wanted[f"det{i}.scores"], atol=1e-4)
         np.testing.assert_allclose(found.boxes_xyxy, wanted[f"det{i}.boxes"], atol=0.05)
         np.testing.assert_array_equal(found.labels, wanted[f"det{i}.labels"])
+
+
+@pytest.mark.parametrize("name", [*DETECTORS, *RANDOM_TRAINING])
+def test_weights_go_back_as_they_came(load, name):
+    facts, back = manifest(name), to_mmdetection_state(load(name, None, name))
+    assert set(back) == set(facts["shapes"])
+    for key, tensor in synthetic.state_dict(facts["shapes"], facts["seed"]).items():
+        if not key.endswith("relative_position_index"):  # see `as_the_reference_ran`
+            assert torch.equal(back[key], tensor), key
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -153,7 +153,7 @@ def _merge_order(tensor: Tensor) -> Tensor:
     return patches.transpose(-1, -3).reshape(tensor.shape)
 
 
-def to_mmdetection(detector: FPNDetector) -> dict[str, Tensor]:
+def to_mmdetection_state(detector: FPNDetector) -> dict[str, Tensor]:
     """A detector's weights under the names of MMDetection 2.x and 3.x, constants included.
 
     The inverse of `from_mmdetection`, bit for bit: what was loaded from MMDetection goes back as it
