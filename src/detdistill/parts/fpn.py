@@ -33,6 +33,7 @@ class FPN(nn.Module):
     ) -> None:
         """Builds lateral 1x1, output 3x3 and strided extra convolutions (Xavier uniform)."""
         super().__init__()
+        self.channels = channels
         self.extra, self.relu_before_extra = extra, relu_before_extra
         self.lateral = nn.ModuleList(nn.Conv2d(c, channels, 1) for c in in_channels)
         first = in_channels[-1] if extra == "c5" else channels
