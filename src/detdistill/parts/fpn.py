@@ -67,6 +67,7 @@ class PooledFPN(nn.Module):
     def __init__(self, in_channels: list[int], channels: int) -> None:
         """Builds lateral 1x1 and output 3x3 convolutions (Xavier uniform)."""
         super().__init__()
+        self.channels = channels
         self.lateral = nn.ModuleList(nn.Conv2d(c, channels, 1) for c in in_channels)
         self.output = nn.ModuleList(
             nn.Conv2d(channels, channels, 3, padding=1) for _ in in_channels
