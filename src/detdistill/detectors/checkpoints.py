@@ -80,6 +80,19 @@ MMDETECTION: tuple[tuple[str, ...], ...] = (
     (r"bbox_head\.conv_centerness\.(\w+)", r"quality.\1", "fcos"),
     (r"bbox_head\.gfl_reg\.(\w+)", r"distributions.\1", "gfl"),
     (r"bbox_head\.scales\.(\d+)\.scale", r"scales.\1.scale"),
+    (r"rpn_head\.rpn_conv\.(\w+)", r"rpn.tower.blocks.0.conv.\1"),
+    (r"rpn_head\.rpn_cls\.(\w+)", r"rpn.logits.\1"),
+    (r"rpn_head\.rpn_reg\.(\w+)", r"rpn.deltas.\1"),
+    (r"roi_head\.bbox_head\.shared_fcs\.(\d+)\.(\w+)", r"roi_heads.0.shared.\1.\2", "faster_rcnn"),
+    (r"roi_head\.bbox_head\.fc_cls\.(\w+)", r"roi_heads.0.logits.\1", "faster_rcnn"),
+    (r"roi_head\.bbox_head\.fc_reg\.(\w+)", r"roi_heads.0.deltas.\1", "faster_rcnn"),
+    (
+        r"roi_head\.bbox_head\.(\d+)\.shared_fcs\.(\d+)\.(\w+)",
+        r"roi_heads.\1.shared.\2.\3",
+        "cascade_rcnn",
+    ),
+    (r"roi_head\.bbox_head\.(\d+)\.fc_cls\.(\w+)", r"roi_heads.\1.logits.\2", "cascade_rcnn"),
+    (r"roi_head\.bbox_head\.(\d+)\.fc_reg\.(\w+)", r"roi_heads.\1.deltas.\2", "cascade_rcnn"),
 )
 """MMDetection 2.x and 3.x names (pattern) and ours (replacement), the first that matches counts.
 
@@ -120,8 +133,8 @@ def without_helpers(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], list[s
 
 
 def is_mmdetection(state: dict[str, Tensor]) -> bool:
-    """Whether the keys are those of an MMDetection one-stage detector."""
-    return any(key.startswith("bbox_head.") for key in state)
+    """Whether the keys are those of an MMDetection detector."""
+    return any(key.startswith(("bbox_head.", "rpn_head.")) for key in state)
 
 
 def rename_mmdetection(name: str) -> str | None:
@@ -224,7 +237,7 @@ def implied_options(state: dict[str, Tensor]) -> dict[str, object]:
         fpn, c5 = state["fpn.lateral.2.weight"].shape[:2]
         options["fpn_channels"] = int(fpn)
         start = state.get("fpn.output.3.weight")
-        if start is not None and c5 != fpn:
+        if start is not None and c5 != fpn and "rpn.logits.weight" not in state:
             options["fpn_extra"] = "c5" if start.shape[1] == c5 else "p5"
     blocks = [key for key in state if re.fullmatch(r"towers\.cls\.blocks\.\d+\.conv\.weight", key)]
     if blocks:
@@ -235,4 +248,9 @@ def implied_options(state: dict[str, Tensor]) -> dict[str, object]:
         options["base_channels"] = int(state["backbone.body.conv1.weight"].shape[0])
     if "distributions.weight" in state:
         options["reg_max"] = int(state["distributions.weight"].shape[0]) // 4 - 1
+    if "roi_heads.0.logits.weight" in state:
+        outputs, options["roi_channels"] = map(int, state["roi_heads.0.logits.weight"].shape)
+        shared = len(state["roi_heads.0.deltas.weight"]) == 4 and outputs > 2
+        if shared and "roi_heads.1.logits.weight" not in state:
+            options["class_agnostic"] = True
     return options

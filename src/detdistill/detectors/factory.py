@@ -9,11 +9,13 @@ from typing import Any
 import timm
 
 from detdistill.detectors import atss as atss  # each import files a family in the registry
+from detdistill.detectors import cascade_rcnn as cascade_rcnn
+from detdistill.detectors import faster_rcnn as faster_rcnn
 from detdistill.detectors import fcos as fcos
 from detdistill.detectors import gfl as gfl
 from detdistill.detectors import retinanet as retinanet
 from detdistill.detectors.backbone_weights import load_backbone
-from detdistill.detectors.dense import DenseDetector
+from detdistill.detectors.base import FPNDetector
 from detdistill.detectors.registry import BACKBONES, FAMILIES
 from detdistill.errors import UserError
 from detdistill.registry import checked_keywords, nearest
@@ -24,7 +26,7 @@ GROUP_NORM = "_gn"
 def list_detectors(pattern: str = "*") -> list[str]:
     """Names that `create_detector` takes, e.g. for the pattern "gfl*".
 
-    Beside these, any timm backbone with maps at strides 8, 16 and 32 joins by
+    Beside these, any timm backbone with maps at strides 8, 16 and 32 (two-stage: 4 too) joins by
     `create_detector("gfl", ..., backbone="mobilenetv3_large_100")`.
     """
     names = [
@@ -38,7 +40,7 @@ def list_detectors(pattern: str = "*") -> list[str]:
 
 def create_detector(
     name: str, num_classes: int, *, backbone_weights: str | Path | None = None, **options: Any
-) -> DenseDetector:
+) -> FPNDetector:
     """Builds a detector with fresh weights.
 
     Args:
@@ -58,7 +60,7 @@ def create_detector(
     if backbone_weights is not None and keywords["pretrained"]:
         raise UserError("pretrained=True and backbone_weights both fill the backbone; keep one")
     detector = FAMILIES.get(family)(num_classes, **keywords)
-    assert isinstance(detector, DenseDetector)
+    assert isinstance(detector, FPNDetector)
     detector.name, detector.options = name, keywords
     if backbone_weights is not None:
         load_backbone(detector.backbone, backbone_weights, keywords["backbone"])

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from detdistill.errors import UserError
+from detdistill.errors import UserError, UserNotice
 
 FOREIGN_OBJECTS = ("Unsupported global", "Unsupported class", "Trying to", "Can only")
 """What `torch.load` says of objects that it will not make; all else means a damaged file."""
@@ -125,14 +125,16 @@ def misfits(own: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> list[str]
 
 
 def fill(module: nn.Module, name: str, state: dict[str, Tensor], file: Path, strict: bool) -> None:
-    """Loads what fits; `UserError` with every misfit unless `strict` is False."""
+    """Loads what fits; `UserError` with every misfit, or a notice of them if not `strict`."""
     own = module.state_dict()
     faults = misfits(own, state)
+    sentence = f"{file} does not fit {name} in {len(faults)} tensors: {'; '.join(faults)}"
     if faults and strict:
         raise UserError(
-            f"{file} does not fit {name} in {len(faults)} tensors: {'; '.join(faults)}; "
-            f"choose the detector it was trained as, or load with strict=False"
+            f"{sentence}; choose the detector it was trained as, or load with strict=False"
         )
+    if faults:
+        warnings.warn(f"{sentence}; these were left as they are", UserNotice, stacklevel=3)
     fitting = {k: v for k, v in state.items() if k in own and v.shape == own[k].shape}
     module.load_state_dict(fitting, strict=False)
 

@@ -23,7 +23,6 @@ from torchvision.models.detection.retinanet import RetinaNetHead
 from torchvision.ops import FrozenBatchNorm2d
 from torchvision.ops.feature_pyramid_network import LastLevelP6P7
 
-from detdistill.detectors.files import fill
 from detdistill.detectors.views import DenseView, as_detector
 from detdistill.errors import UserError
 from detdistill.registry import AtLeastOne, checked_keywords
@@ -154,10 +153,10 @@ def architecture(state: dict[str, Tensor], file: Path) -> Architecture:
     )
 
 
-def load_view(
-    state: dict[str, Tensor], file: Path, wanted: str, strict: bool, options: dict[str, Any]
-) -> DenseView:
-    """A view of the model that a torchvision state_dict is of; see `load_detector`."""
+def view_for(
+    state: dict[str, Tensor], file: Path, wanted: str, options: dict[str, Any]
+) -> tuple[DenseView, dict[str, Tensor]]:
+    """A view of the model that a torchvision state_dict is of, and the state under its names."""
     facts = architecture(state, file)
     plain = f"{facts.family}_{facts.backbone}"
     if wanted.removeprefix(PREFIX) not in (plain, facts.name, facts.family):
@@ -165,9 +164,7 @@ def load_view(
     settings = checked_keywords(f"torchvision's {facts.name}", Settings, options)
     if settings["norm_eps"] is None:
         settings["norm_eps"] = published_eps(facts, file)
-    view = build(facts, settings)
-    fill(view.model, view.name, current_names(state), file, strict)
-    return view
+    return build(facts, settings), current_names(state)
 
 
 def build(facts: Architecture, settings: dict[str, Any]) -> DenseView:

@@ -26,8 +26,8 @@ from detdistill.detectors.files import few, fill, read_state
 from detdistill.detectors.torchvision_models import (
     PREFIX,
     is_torchvision,
-    load_view,
     settings_of,
+    view_for,
 )
 from detdistill.detectors.views import DenseView
 from detdistill.errors import UserError, UserNotice
@@ -84,7 +84,7 @@ def save_detector(
 
 def load_detector(
     name: str | Path, path: str | Path | None = None, *, strict: bool = True, **options: Any
-) -> DenseDetector:
+) -> FPNDetector:
     """A detector with the weights of a file.
 
     Args:
@@ -111,7 +111,9 @@ def load_detector(
         )
     state = _student_alone(read_state(file), file)
     if is_torchvision(state):
-        return load_view(state, file, wanted, strict, options)
+        view, state = view_for(state, file, wanted, options)
+        fill(view.model, view.name, state, file, strict)
+        return view
     if is_mmdetection(state):
         state = from_mmdetection(state)
         options = {**implied_options(state), **options}
@@ -157,12 +159,13 @@ def _read_facts(path: Path) -> Facts:
 
 def _load_own(
     file: Path, facts: Facts, wanted: str | None, strict: bool, options: dict[str, Any]
-) -> DenseDetector:
+) -> FPNDetector:
     if wanted is not None and wanted != facts.detector:
         raise UserError(f"{file} holds {facts.detector}, not {wanted}; leave the name out")
     if facts.detector.startswith(PREFIX):
         given = {**facts.options, **options}
-        view = load_view(read_state(file), file, facts.detector, strict, given)
+        view, state = view_for(read_state(file), file, facts.detector, given)
+        fill(view.model, view.name, state, file, strict)
         view.classes = facts.classes
         return view
     given = {**facts.options, "pretrained": False, **options}
@@ -178,7 +181,10 @@ def _load_own(
 
 
 def _count_classes(state: dict[str, Tensor], name: str, file: Path) -> int:
-    if "logits.bias" not in state or state["logits.bias"].dim() != 1:
+    detector = create_detector(name, 1, fpn_channels=8)
+    key = "logits.bias" if isinstance(detector, DenseDetector) else "roi_heads.0.logits.bias"
+    if key not in state or state[key].dim() != 1:
         raise UserError(f"{file}: these are not the weights of {name}: {few(list(state))}")
-    anchors = create_detector(name, 1, fpn_channels=8, tower_channels=8).grid.per_location
-    return max(1, len(state["logits.bias"]) // anchors)
+    if isinstance(detector, DenseDetector):
+        return max(1, len(state[key]) // detector.grid.per_location)
+    return max(1, len(state[key]) - 1)

@@ -42,22 +42,60 @@ class FPN(nn.Module):
         )
         self.output.append(nn.Conv2d(first, channels, 3, stride=2, padding=1))
         self.output.append(nn.Conv2d(channels, channels, 3, stride=2, padding=1))
-        for module in self.modules():
-            if isinstance(module, nn.Conv2d):
-                nn.init.xavier_uniform_(module.weight)
-                nn.init.zeros_(module.bias)  # type: ignore[arg-type]
+        _initialize(self)
 
     def forward(self, features: list[Tensor]) -> Pyramid:
         """Backbone maps, fine to coarse, to the pyramid."""
-        merged = [lateral(f) for lateral, f in zip(self.lateral, features, strict=True)]
-        for fine in range(len(merged) - 1, 0, -1):
-            size = merged[fine - 1].shape[-2:]
-            merged[fine - 1] = merged[fine - 1] + F.interpolate(merged[fine], size=size)
+        merged = _merge(self.lateral, features)
         *own, sixth, seventh = self.output
         levels = [conv(m) for conv, m in zip(own, merged, strict=True)]
         levels.append(_halve(sixth, features[-1] if self.extra == "c5" else levels[-1]))
         levels.append(_halve(seventh, F.relu(levels[-1]) if self.relu_before_extra else levels[-1]))
         return Pyramid(levels, self.strides)
+
+
+class PooledFPN(nn.Module):
+    """C2, C3, C4, C5 to P2..P6, as two-stage detectors take them; P6 is P5 at every second place.
+
+    Args:
+        in_channels: channels of C2..C5.
+        channels: channels of every pyramid level.
+    """
+
+    strides = (4, 8, 16, 32, 64)
+
+    def __init__(self, in_channels: list[int], channels: int) -> None:
+        """Builds lateral 1x1 and output 3x3 convolutions (Xavier uniform)."""
+        super().__init__()
+        self.channels = channels
+        self.lateral = nn.ModuleList(nn.Conv2d(c, channels, 1) for c in in_channels)
+        self.output = nn.ModuleList(
+            nn.Conv2d(channels, channels, 3, padding=1) for _ in in_channels
+        )
+        _initialize(self)
+
+    def forward(self, features: list[Tensor]) -> Pyramid:
+        """Backbone maps, fine to coarse, to the pyramid."""
+        merged = _merge(self.lateral, features)
+        levels = [conv(m) for conv, m in zip(self.output, merged, strict=True)]
+        levels.append(F.max_pool2d(levels[-1], 1, stride=2))
+        return Pyramid(levels, self.strides)
+
+
+def _merge(laterals: nn.ModuleList, features: list[Tensor]) -> list[Tensor]:
+    """The way down: each map plus the coarser one, enlarged to its size."""
+    merged = [lateral(f) for lateral, f in zip(laterals, features, strict=True)]
+    for fine in range(len(merged) - 1, 0, -1):
+        size = merged[fine - 1].shape[-2:]
+        merged[fine - 1] = merged[fine - 1] + F.interpolate(merged[fine], size=size)
+    return merged
+
+
+def _initialize(module: nn.Module) -> None:
+    for part in module.modules():
+        if isinstance(part, nn.Conv2d):
+            nn.init.xavier_uniform_(part.weight)
+            nn.init.zeros_(part.bias)  # type: ignore[arg-type]
 
 
 def _halve(conv: nn.Module, features: Tensor) -> Tensor:

@@ -94,9 +94,11 @@ class Scale(nn.Module):
         return level * self.scale
 
 
-def predictor(in_channels: int, out_channels: int, prior: float | None = None) -> nn.Conv2d:
-    """The last 3x3 convolution; `prior` is the initial score of every class (focal loss paper)."""
-    conv = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+def predictor(
+    in_channels: int, out_channels: int, prior: float | None = None, kernel: int = 3
+) -> nn.Conv2d:
+    """The last convolution; `prior` is the initial score of every class (focal loss paper)."""
+    conv = nn.Conv2d(in_channels, out_channels, kernel, padding=kernel // 2)
     nn.init.normal_(conv.weight, std=0.01)
     bias = 0.0 if prior is None else -math.log((1 - prior) / prior)
     nn.init.constant_(conv.bias, bias)  # type: ignore[arg-type]
