@@ -19,6 +19,8 @@ COMMANDS = [
     ("eval",),
     ("predict",),
     ("list",),
+    ("fetch",),
+    ("convert",),
     ("recipe",),
     ("recipe", "copy"),
     ("data", "builtin"),

@@ -13,7 +13,7 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
-from detdistill.cli import checks, studies, training, using
+from detdistill.cli import checks, studies, training, using, weights
 from detdistill.errors import UserError, UserNotice
 
 
@@ -83,6 +83,8 @@ app.command("compare")(studies.compare)
 app.command("eval")(using.evaluate)
 app.command("predict")(using.predict)
 app.command("list")(using.list_names)
+app.command("fetch")(weights.fetch)
+app.command("convert")(weights.convert)
 _recipes = _group("Work with the bundled recipes.")
 _recipes.command("copy")(using.copy_recipe)
 _recipes.callback()(lambda: None)  # keeps `copy` a command of its own although it is the only one
