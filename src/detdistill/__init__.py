@@ -11,6 +11,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "Batch": "detdistill.structures",
     "CrossKD": "detdistill.distill",
+    "CrossKDRoI": "detdistill.distill",
     "Detections": "detdistill.structures",
     "Distiller": "detdistill.distill",
     "PKD": "detdistill.distill",
@@ -32,7 +33,14 @@ if TYPE_CHECKING:
         load_detector,
         save_detector,
     )
-    from detdistill.distill import PKD, CrossKD, Distiller, create_method, list_methods
+    from detdistill.distill import (
+        PKD,
+        CrossKD,
+        CrossKDRoI,
+        Distiller,
+        create_method,
+        list_methods,
+    )
     from detdistill.errors import UserError
     from detdistill.evaluation import evaluate
     from detdistill.recipes import list_recipes
@@ -42,6 +50,7 @@ __all__ = [
     "PKD",
     "Batch",
     "CrossKD",
+    "CrossKDRoI",
     "Detections",
     "Distiller",
     "UserError",

@@ -1,6 +1,7 @@
 """Distillation: one method, one file, put together by the `Distiller`."""
 
 from detdistill.distill.crosskd import CrossKD
+from detdistill.distill.crosskd_roi import CrossKDRoI
 from detdistill.distill.distiller import Distiller
 from detdistill.distill.method import METHODS, Method, Step, create_method, list_methods
 from detdistill.distill.pkd import PKD
@@ -9,6 +10,7 @@ __all__ = [
     "METHODS",
     "PKD",
     "CrossKD",
+    "CrossKDRoI",
     "Distiller",
     "Method",
     "Step",
