@@ -41,6 +41,7 @@ class FPNDetector(nn.Module):
         norm_eval: BatchNorm on stored statistics while training.
         fpn_channels: channels of the pyramid.
         fpn_extra: where the coarse levels start.
+        fpn_group_norm: GroupNorm in the pyramid.
     """
 
     family: str
@@ -62,6 +63,7 @@ class FPNDetector(nn.Module):
         norm_eval: bool,
         fpn_channels: int,
         fpn_extra: ExtraFrom,
+        fpn_group_norm: bool = False,
     ) -> None:
         """Builds backbone and pyramid."""
         super().__init__()
@@ -79,7 +81,13 @@ class FPNDetector(nn.Module):
             frozen_stages=frozen_stages,
             norm_eval=norm_eval,
         )
-        self.fpn = FPN(self.backbone.channels, fpn_channels, fpn_extra, self.relu_before_extra)
+        self.fpn = FPN(
+            self.backbone.channels,
+            fpn_channels,
+            fpn_extra,
+            self.relu_before_extra,
+            fpn_group_norm,
+        )
         self.strides = self.fpn.strides
         caffe = self.backbone.caffe
         mean = self.caffe_mean if caffe else IMAGENET_MEAN

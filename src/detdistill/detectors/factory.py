@@ -10,6 +10,7 @@ import timm
 from detdistill.detectors import atss as atss  # each import files a family in the registry
 from detdistill.detectors import fcos as fcos
 from detdistill.detectors import gfl as gfl
+from detdistill.detectors import reppoints as reppoints
 from detdistill.detectors import retinanet as retinanet
 from detdistill.detectors.dense import DenseDetector
 from detdistill.detectors.registry import BACKBONES, FAMILIES
