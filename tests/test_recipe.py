@@ -99,3 +99,10 @@ def test_a_teacher_is_a_path_or_a_name_with_one(tmp_path: Path) -> None:
     assert split_teacher(str(odd)) == (None, odd)
     assert split_teacher("gfl_r101=a.pth") == ("gfl_r101", Path("a.pth"))
     assert split_teacher("runs/teacher") == (None, Path("runs/teacher"))
+
+
+@pytest.mark.parametrize("arm", ["student", "a/b", "", "empty"])
+def test_an_arm_that_is_no_name_or_has_no_method_is_refused(arm):
+    methods = {} if arm == "empty" else {"crosskd": {}}
+    with pytest.raises(UserError, match="needs another name"):
+        validate_recipe({"arms": {arm: methods}}, "mine.yaml")

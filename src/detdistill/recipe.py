@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -32,6 +33,8 @@ Number = Annotated[float, BeforeValidator(_no_bool)]
 Positive = Annotated[Whole, Field(ge=1)]
 Fraction = Annotated[Number, Field(ge=0, le=1)]
 Options = dict[str, Any]
+ARM_NAME = r"[A-Za-z0-9_+-]+"  # a folder, too
+OTHER_ARMS = ("teacher", "student", "student_same_time")
 Place = tuple[str, ...]  # of a setting: ("student_options", "fpn_channels")
 
 
@@ -46,6 +49,7 @@ class Recipe(BaseModel):
     teacher: str | None = None
     teacher_options: Options = {}
     methods: dict[str, Options] = {}
+    arms: dict[str, dict[str, Options]] = {}  # of `compare`: each a name for a set of methods
 
     # data: a COCO folder, or explicit files per split
     data: str | None = None
@@ -109,9 +113,21 @@ class Recipe(BaseModel):
             raise ValueError("resize_mode 'range' needs two sizes, resize_short: [640, 800]")
         if self.scale_jitter is not None and not 0 < self.scale_jitter[0] <= self.scale_jitter[1]:
             raise ValueError("scale_jitter needs two factors, low then high, e.g. [0.5, 2.0]")
+        for arm, methods in self.arms.items():
+            if not re.fullmatch(ARM_NAME, arm) or arm in OTHER_ARMS or not methods:
+                raise ValueError(
+                    f"arm {arm!r} needs another name (letters, digits, _ - +) or a method, "
+                    f"e.g. arms: {{deep: {{crosskd: {{depth: 4}}}}}}"
+                )
         if self.crop and self.scale_jitter is None:
             raise ValueError("crop needs scale_jitter, e.g. scale_jitter: [0.5, 2.0]")
         return self
+
+    def methods_of(self, arm: str) -> dict[str, Options]:
+        """Methods of an arm by its name in `arms`, or of "crosskd+pkd" with their options here."""
+        if arm in self.arms:
+            return self.arms[arm]
+        return {name: self.methods.get(name, {}) for name in arm.split("+")}
 
 
 def validate_recipe(

@@ -55,8 +55,12 @@ class Registry(Generic[T]):
         return sorted(name for name in self._entries if fnmatch(name, pattern))
 
 
-def checked_keywords(what: str, entry: type, options: dict[str, Any]) -> dict[str, Any]:
+def checked_keywords(
+    what: str, entry: type, options: dict[str, Any], beside: Iterable[str] = ()
+) -> dict[str, Any]:
     """All keyword-only values of a constructor, defaults filled in.
+
+    `beside` are keywords of `what` that go elsewhere; a misspelt one is answered with them, too.
 
     Raises:
         UserError: for an unknown keyword (with the nearest one), a wrong type, a number that is
@@ -73,7 +77,7 @@ def checked_keywords(what: str, entry: type, options: dict[str, Any]) -> dict[st
     hints = get_type_hints(constructor, include_extras=True)
     for key, value in options.items():
         if key not in known:
-            raise UserError(f"{what} has no option {key!r}; {nearest(key, known)}")
+            raise UserError(f"{what} has no option {key!r}; {nearest(key, [*known, *beside])}")
         try:
             TypeAdapter(hints[key]).validate_python(value, strict=True)
         except ValidationError as error:

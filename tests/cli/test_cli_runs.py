@@ -171,6 +171,18 @@ def test_distill_keeps_the_recipes_method_options(
     assert all(s.teacher == "teacher.pth" and s.teacher_options == {} for s in seen)
 
 
+def test_distill_takes_an_arm_of_the_recipe(
+    run: Run, my_coco: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Path("recipe.yaml").write_text("student: gfl_r18\narms: {deep: {crosskd: {depth: 4}}}\n")
+    Path("teacher.pth").write_bytes(b"")
+    seen = []
+    monkeypatch.setattr(training, "_run", lambda settings, out, resume: seen.append(settings))
+    command = ["distill", "--recipe", "recipe.yaml", "--teacher", "teacher.pth", "--method", "deep"]
+    assert run(*command, "--data", "my_coco", "--out", "run")[0] == 0
+    assert (seen[0].methods, seen[0].arms) == ({"crosskd": {"depth": 4}}, {})
+
+
 @pytest.mark.parametrize(
     ("arguments", "answer"),
     [

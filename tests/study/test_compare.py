@@ -55,6 +55,22 @@ def test_arms_differ_in_nothing_but_the_method(recipe, world, tmp_path):
     assert longer["epochs"] == 12  # 8 epochs, 150 s against 100 s
 
 
+def test_named_arms_hold_the_methods_that_the_recipe_gives_them(recipe, world, tmp_path):
+    out = tmp_path / "study"
+    arms = {"deep": {"crosskd": {"depth": 1}}, "crosskd-early": {"crosskd": {"stop": 9}}}
+    given = recipe.model_copy(update={"arms": arms})
+    world.skills |= {"deep": 0.7, "crosskd-early": 0.6}
+    world.seconds |= {"deep": 150, "crosskd-early": 120}
+    rows = run_study(given, out, methods=["deep", "crosskd-early"], seeds=[0])
+    assert [row.title for row in rows[2:4]] == ["deep", "crosskd-early"]
+    for name, methods in arms.items():
+        run = recipe_of(out / f"runs/{name}/seed0")
+        assert (run["methods"], run["arms"]) == (methods, {})
+    with pytest.raises(UserError, match=r"arms\.deep .* asked for is {'crosskd': {'depth': 0}}"):
+        changed = given.model_copy(update={"arms": {"deep": {"crosskd": {"depth": 0}}}})
+        run_study(changed, out, methods=["deep"], seeds=[0])
+
+
 def test_the_teacher_is_trained_by_the_recipe_with_its_own_options(recipe, world, tmp_path):
     out = tmp_path / "study"
     changes = {"schedule": "step", "milestones": [4, 6], "seed": 3}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -127,6 +127,13 @@ def _missing_teacher(teacher: str) -> str:
             f"first: detdistill train --detector {teacher} --data FOLDER --out runs/teacher"
         )
     return f"--teacher {teacher}: no such run folder or weights file"
+
+
+def need_teacher(methods: Iterable[str]) -> bool:
+    """Whether any of the methods learns from a teacher."""
+    from detdistill.distill import METHODS
+
+    return any(METHODS.get(name).needs_teacher for name in methods)
 
 
 def parse_methods(text: str, configured: dict[str, Any]) -> dict[str, dict[str, Any]]:

@@ -9,7 +9,7 @@ from typing import Any
 
 from detdistill.cli.checks import make_folder
 from detdistill.data import read_image
-from detdistill.detectors import DenseDetector
+from detdistill.detectors import FPNDetector
 from detdistill.engine.checkpoint import write_text
 from detdistill.structures import Detections
 from detdistill.study.pictures import draw_detections, save_png
@@ -18,7 +18,7 @@ LOWEST_SCORE = 0.05
 
 
 def write_predictions(
-    detector: DenseDetector,
+    detector: FPNDetector,
     images: list[Path],
     out: Path,
     score: float,
@@ -58,7 +58,7 @@ def write_predictions(
     return sum(len(detections) for detections in found)
 
 
-def _class_names(detector: DenseDetector) -> list[str]:
+def _class_names(detector: FPNDetector) -> list[str]:
     return detector.classes or [str(label) for label in range(detector.num_classes)]
 
 

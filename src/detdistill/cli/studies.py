@@ -99,7 +99,7 @@ def compare(
     given["strict"] = strict or None
     settings = checks.training_recipe(values, recipe, given, assignments)
     checks.check_student(settings)
-    names = _split(methods) if methods else ["+".join(settings.methods)]
+    names = _split(methods) if methods else list(settings.arms) or ["+".join(settings.methods)]
     if not all(names):
         raise UserError("no method was given: add --methods NAMES, e.g. --methods crosskd")
     _check_study(settings, out)

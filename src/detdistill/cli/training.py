@@ -63,8 +63,8 @@ def train(
 def _alone(values: dict[str, Any], name: str) -> dict[str, Any]:
     """Of a recipe that describes a pair what is needed to train one of the two."""
     side = "teacher_options" if name == values.get("teacher") else "student_options"
-    changes = {"student": name, "student_options": values.get(side, {})}
-    return values | changes | {"teacher": None, "teacher_options": {}, "methods": {}}
+    changes = {"student": name, "student_options": values.get(side, {}), "teacher": None}
+    return values | changes | {"teacher_options": {}, "methods": {}, "arms": {}}
 
 
 def distill(
@@ -89,20 +89,26 @@ def distill(
     given: dict[str, Any] = {"teacher": teacher, "student": student, "data": data, "seed": seed}
     given |= {"strict": strict or None, "devices": devices, "nodes": nodes}
     given["methods"] = _methods(method, values)
+    values["arms"] = {}
     settings = checks.training_recipe(values, recipe, given, assignments)
-    if settings.teacher is None:
-        raise UserError("no teacher was given: add --teacher RUN_OR_FILE, e.g. runs/teacher")
     if not settings.methods:
         raise UserError("no method was given: add --method NAME, e.g. --method crosskd")
+    if settings.teacher is None and checks.need_teacher(settings.methods):
+        raise UserError("no teacher was given: add --teacher RUN_OR_FILE, e.g. runs/teacher")
     checks.check_student(settings)
-    checks.check_teacher(settings.teacher, settings.student, out)
+    if settings.teacher is not None:
+        checks.check_teacher(settings.teacher, settings.student, out)
     _run(settings, out, resume)
     weights = shlex.quote(str(out / "model.safetensors"))
     _say_next(f"detdistill eval --weights {weights}{_data_of(settings)} --split test")
 
 
 def _methods(method: str | None, values: dict[str, Any]) -> dict[str, dict[str, Any]] | None:
-    return None if method is None else checks.parse_methods(method, values.get("methods", {}))
+    """Those of `--method`: an arm of the recipe, or names with the recipe's options for them."""
+    if method is None:
+        return None
+    arms = values.get("arms") or {}
+    return arms.get(method) or checks.parse_methods(method, values.get("methods", {}))
 
 
 def _run(settings: Recipe, out: Path, resume: bool) -> None:

@@ -14,7 +14,7 @@ from detdistill.cli.options import Assignments, Data, RecipeFile, Strict
 from detdistill.errors import UserError
 
 if TYPE_CHECKING:
-    from detdistill.detectors import DenseDetector
+    from detdistill.detectors import FPNDetector
     from detdistill.recipe import Recipe
 
 Weights = Annotated[
@@ -82,7 +82,7 @@ def _show_faults(source: str, faults: list[str]) -> None:
         typer.echo(f"{source}: and {len(faults) - FAULTS_SHOWN} more faults", err=True)
 
 
-def _at_input_size(settings: Recipe, model: DenseDetector) -> Recipe:
+def _at_input_size(settings: Recipe, model: FPNDetector) -> Recipe:
     """The sizes that the recipe gives, else the detector's own, else the recipe's defaults."""
     if model.input_size is not None:
         short, long = model.input_size
@@ -205,7 +205,7 @@ def write_builtin_data(folder: Path, sizes: dict[str, int], seed: int) -> None:
         )
 
 
-def _load(weights: Path, detector: str | None) -> DenseDetector:
+def _load(weights: Path, detector: str | None) -> FPNDetector:
     import torch
 
     from detdistill.detectors import load_detector

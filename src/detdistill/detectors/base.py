@@ -108,6 +108,16 @@ class FPNDetector(nn.Module):
         """Normalised images (B, 3, H, W) to P3..P7."""
         return self.fpn(self.backbone(images))  # type: ignore[no-any-return]
 
+    @property
+    def pyramid_channels(self) -> int:
+        """C of every pyramid level."""
+        return self.fpn.channels
+
+    @property
+    def assignment_key(self) -> tuple[object, ...]:
+        """Equal for detectors whose `assign` gives equal results on equal pyramids."""
+        raise NotImplementedError
+
     def head(self, pyramid: Pyramid, *, keep_pre_activation: bool = False) -> DenseOutput:
         """What is predicted at every location of the pyramid."""
         raise NotImplementedError

@@ -14,6 +14,7 @@ from pydantic import BaseModel, Field, ValidationError
 from safetensors.torch import load_file, save
 from torch import Tensor
 
+from detdistill.detectors.base import FPNDetector
 from detdistill.detectors.checkpoints import from_mmdetection, implied_options, is_mmdetection
 from detdistill.detectors.dense import DenseDetector
 from detdistill.detectors.factory import create_detector
@@ -38,7 +39,7 @@ class Facts(BaseModel):
 
 
 def save_detector(
-    detector: DenseDetector, path: str | Path, *, provenance: dict[str, Any] | None = None
+    detector: FPNDetector, path: str | Path, *, provenance: dict[str, Any] | None = None
 ) -> None:
     """Writes `path` (.safetensors) and the .json beside it: all that `load_detector` needs.
 

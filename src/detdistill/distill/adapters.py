@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 from torch import Tensor, nn
 
+from detdistill.detectors.base import FPNDetector
 from detdistill.detectors.dense import DenseDetector
+from detdistill.detectors.stages import DenseHead
 from detdistill.errors import UserError
 
 EPSILON = 1e-6
@@ -39,7 +43,18 @@ def match_levels(
     return [student_strides.index(stride) for stride in teacher_strides]
 
 
-def check_same_classes(student: DenseDetector, teacher: DenseDetector, method: str) -> None:
+def require_dense(model: FPNDetector | None, method: str, role: str) -> DenseDetector:
+    """The model as the dense detector that a method needs as its `role`; `UserError` if it is none.
+
+    A view of another framework's detector counts by the stages it shows, not by its class.
+    """
+    if not isinstance(model, DenseHead):
+        name = getattr(model, "name", model)
+        raise UserError(f"{method} needs a dense {role}; {name} has no dense head to re-enter")
+    return cast(DenseDetector, model)
+
+
+def check_same_classes(student: FPNDetector, teacher: FPNDetector, method: str) -> None:
     """Refuses a pair whose classes differ in number, name or order."""
     if student.num_classes != teacher.num_classes:
         raise UserError(

@@ -15,13 +15,14 @@ import torch.nn.functional as F
 from annotated_types import Gt
 from torch import Tensor, nn
 
+from detdistill.detectors.base import FPNDetector
 from detdistill.detectors.dense import DenseDetector
-from detdistill.detectors.stages import DenseHead
 from detdistill.distill.adapters import (
     align_statistics,
     channel_adapter,
     check_same_classes,
     match_levels,
+    require_dense,
 )
 from detdistill.distill.method import METHODS, Method, Step
 from detdistill.distill.published import LIKE, PUBLISHED, BoxLoss, Published
@@ -93,11 +94,10 @@ class CrossKD(Method):
         self.keep_pre_activation = align_on == "pre_act"
         self.adapters = nn.ModuleDict()
 
-    def prepare(self, student: DenseDetector, teacher: DenseDetector | None) -> None:
+    def prepare(self, student: FPNDetector, teacher: FPNDetector | None) -> None:
         """Checks the pair, fills in the published settings and builds adapters."""
-        if not isinstance(teacher, DenseHead):
-            name = getattr(teacher, "name", teacher)
-            raise UserError(f"crosskd needs a dense teacher; {name} has no dense head to re-enter")
+        teacher = require_dense(teacher, "crosskd", "teacher")
+        student = require_dense(student, "crosskd", "student")
         check_same_classes(student, teacher, "crosskd")
         family = teacher.family if teacher.family in PUBLISHED else LIKE[teacher.box_coding]
         published = PUBLISHED[family]
@@ -154,9 +154,7 @@ class CrossKD(Method):
 
     def forward(self, step: Step) -> dict[str, Tensor]:
         """Raw terms `cls` and `box`, summed over all levels."""
-        assert (
-            step.teacher is not None and step.teacher_model is not None and self.depth is not None
-        )
+        assert step.teacher is not None and self.depth is not None
         entered = {
             branch: [
                 self._enter(branch, step, level, student_level)
@@ -165,7 +163,7 @@ class CrossKD(Method):
             for branch in self.branches
         }
         # With gradient: it flows through the teacher's frozen convolutions into the student.
-        cross = step.teacher_model.head_from(entered, self.depth).flatten()
+        cross = step.dense_teacher.head_from(entered, self.depth).flatten()
         target = step.teacher.predictions.flatten()
         scores = target.logits.sigmoid()
         # Both sides come from the teacher's head, so its anchors say what counts.
@@ -187,8 +185,7 @@ class CrossKD(Method):
         assignment = step.teacher_assignment
         if self.divide_by == "positives" or assignment.quality is None:
             return assignment.num_positive
-        assert step.teacher_model is not None
-        total = mean_over_processes(assignment.quality.sum(), step.teacher_model.reduce)
+        total = mean_over_processes(assignment.quality.sum(), step.dense_teacher.reduce)
         # Published: at least 1e-6, so that a batch without boxes weighs a million times as much
         # and only gradient clipping saves the step. Here each image of such a batch counts as one,
         # as it does for the other families.
@@ -214,7 +211,7 @@ class CrossKD(Method):
         normaliser: Tensor,
     ) -> Tensor:
         """Weighted by the teacher's best score (published code; the paper weighs all alike)."""
-        assert step.teacher is not None and step.teacher_model is not None
+        assert step.teacher is not None
         if self.box_loss == "kl":
             sides = (*cross.boxes.shape[:2], 4, -1)
             divergence = distribution_kl(
@@ -223,9 +220,9 @@ class CrossKD(Method):
             # Mean over the sides, then over the weights; published unclamped, NaN at weight 0.
             total = best_score.sum().clamp(min=1e-6)
             return (divergence.mean(-1) * best_score).sum() / total
-        anchors = step.teacher_model.flat_anchors(step.teacher.anchors)
-        boxes = step.teacher_model.decode(cross.boxes, anchors)
-        target_boxes = step.teacher_model.decode(target.boxes, anchors)
+        anchors = step.dense_teacher.flat_anchors(step.teacher.anchors)
+        boxes = step.dense_teacher.decode(cross.boxes, anchors)
+        target_boxes = step.dense_teacher.decode(target.boxes, anchors)
         assert self.box_loss is not None
         losses = DECODED_LOSSES[self.box_loss](boxes, target_boxes)
         return (losses * best_score).sum() / normaliser

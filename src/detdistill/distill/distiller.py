@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any, Self
+from collections.abc import Callable, Mapping, Sequence
+from typing import Self, cast
 
 import torch
 from torch import Tensor, nn
 
-from detdistill.detectors.dense import DenseDetector
+from detdistill.detectors.base import FPNDetector
 from detdistill.distill.method import Method, Step
 from detdistill.errors import UserError
-from detdistill.structures import Batch
+from detdistill.structures import Assignment, Batch, DenseOutput, Predictions, Targets
 
 
 class Distiller(nn.Module):
@@ -32,8 +32,8 @@ class Distiller(nn.Module):
 
     def __init__(
         self,
-        student: DenseDetector,
-        teacher: DenseDetector | None = None,
+        student: FPNDetector,
+        teacher: FPNDetector | None = None,
         methods: Mapping[str, Method] | None = None,
     ) -> None:
         """Prepares every method for the pair."""
@@ -52,10 +52,11 @@ class Distiller(nn.Module):
             teacher.requires_grad_(False).eval()
         self.iteration = 0
         self.raw: dict[str, Tensor] = {}
+        self.resting: frozenset[str] = frozenset()
         self._keep = any(method.keep_pre_activation for method in methods.values())
 
     @property
-    def teacher(self) -> DenseDetector | None:
+    def teacher(self) -> FPNDetector | None:
         """The frozen teacher."""
         return self._teacher[0]
 
@@ -73,7 +74,10 @@ class Distiller(nn.Module):
         return super()._apply(fn, recurse)  # type: ignore[no-untyped-call, no-any-return]
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
-        """Weighted scalar terms, whose sum is the loss; `raw` holds them unweighted."""
+        """Weighted scalar terms, whose sum is the loss.
+
+        `raw` holds them unweighted; `resting` names those that their schedule silences now.
+        """
         student, targets = self.student, batch.padded_targets()
         _check_labels(targets.labels, student.num_classes)
         output = student.head(
@@ -83,31 +87,56 @@ class Distiller(nn.Module):
         terms = student.loss(output, targets, assignment)
         weights = {f"task/{name}": weight for name, weight in student.loss_weights.items()}
         self.raw = {name: value.detach() / weights[name] for name, value in terms.items()}
+        terms |= self._distil(batch, output, targets, assignment)
+        if self.training:
+            self.iteration += 1
+        return terms
+
+    def _distil(
+        self, batch: Batch, output: DenseOutput, targets: Targets, assignment: Assignment
+    ) -> dict[str, Tensor]:
+        """The methods' weighted terms."""
+        methods = cast("dict[str, Method]", dict(self.methods.items()))
+        factors = {name: method.factors(self.iteration) for name, method in methods.items()}
+        acting = [method for name, method in methods.items() if any(factors[name].values())]
         step = Step(
             student=output,
-            teacher=self._run_teacher(batch),
-            student_model=student,
+            teacher=self._run_teacher(batch, acting),
+            student_model=self.student,
             teacher_model=self.teacher,
             targets=targets,
             student_assignment=assignment,
             iteration=self.iteration,
         )
-        for name, method in self.methods.items():
-            for term, value in method(step).items():
+        terms, resting = {}, set()
+        for name, method in methods.items():
+            values = method(step) if method in acting else _silent(method, output)
+            for term, value in values.items():
+                factor = factors[name][term]
                 self.raw[f"{name}/{term}"] = value.detach()
-                terms[f"{name}/{term}"] = value * method.weights[term]  # type: ignore[index]
-        if self.training:
-            self.iteration += 1
+                terms[f"{name}/{term}"] = value * (method.weights[term] * factor)
+                if factor == 0:
+                    resting.add(f"{name}/{term}")
+        self.resting = frozenset(resting)
         return terms
 
-    def _run_teacher(self, batch: Batch) -> Any:
+    def _run_teacher(self, batch: Batch, acting: Sequence[Method]) -> DenseOutput | None:
+        """As far as the methods that act now need it."""
         teacher = self.teacher
-        if teacher is None or not self.methods:
+        if teacher is None or not acting:
             return None
         # Not inference_mode: its tensors cannot be saved for the cross-head backward pass.
         with torch.no_grad():
-            images = teacher.normalize(batch)
-            return teacher.head(teacher.pyramid(images), keep_pre_activation=self._keep)
+            pyramid = teacher.pyramid(teacher.normalize(batch))
+            if any(method.teacher_stage == "head" for method in acting):
+                return teacher.head(pyramid, keep_pre_activation=self._keep)
+            return DenseOutput(Predictions([], []), {}, [], pyramid)
+
+
+def _silent(method: Method, output: DenseOutput) -> dict[str, Tensor]:
+    """Terms of a method that its schedule silences: 0, tied to all that it would train."""
+    tie = sum((p.sum() for p in method.parameters()), output.pyramid[0].sum()) * 0
+    return dict.fromkeys(method.weights, tie)
 
 
 def _check_labels(labels: Tensor, num_classes: int) -> None:

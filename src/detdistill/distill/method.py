@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any, Literal, cast
 
+from annotated_types import Ge
 from torch import Tensor, nn
 
+from detdistill.detectors.base import FPNDetector
 from detdistill.detectors.dense import DenseDetector
-from detdistill.registry import Registry, checked_keywords
+from detdistill.errors import UserError
+from detdistill.registry import AtLeastOne, Registry, checked_keywords
 from detdistill.structures import Assignment, DenseOutput, Targets
 
 
@@ -29,12 +32,17 @@ class Step:
 
     student: DenseOutput
     teacher: DenseOutput | None
-    student_model: DenseDetector
-    teacher_model: DenseDetector | None
+    student_model: FPNDetector
+    teacher_model: FPNDetector | None
     targets: Targets
     student_assignment: Assignment
     iteration: int
     _teacher_assignment: Assignment | None = None
+
+    @property
+    def dense_teacher(self) -> DenseDetector:
+        """The teacher's model, of which `prepare` has made sure that it is dense."""
+        return cast(DenseDetector, self.teacher_model)
 
     @property
     def teacher_assignment(self) -> Assignment:
@@ -48,22 +56,54 @@ class Step:
         return self._teacher_assignment
 
 
+class Schedule:
+    """When a method acts: its weights rise from 0 over the warm-up and are 0 outside start..stop.
+
+    Args:
+        start: optimisation steps before the method begins.
+        stop: the step from which on it is silent; None: never.
+        warmup: steps after `start` over which its weights rise linearly from 0.
+    """
+
+    def __init__(
+        self,
+        *,
+        start: Annotated[int, Ge(0)] = 0,
+        stop: AtLeastOne | None = None,
+        warmup: Annotated[int, Ge(0)] = 0,
+    ) -> None:
+        """Always on, by default."""
+        if stop is not None and stop <= start:
+            raise UserError(f"a method that stops at step {stop} must start before: start={start}")
+        self.start, self.stop, self.warmup = start, stop, warmup
+
+    def factor(self, iteration: int) -> float:
+        """Of the weights, 0..1, after `iteration` optimisation steps."""
+        if iteration < self.start or (self.stop is not None and iteration >= self.stop):
+            return 0.0
+        return min(1.0, (iteration - self.start) / self.warmup) if self.warmup else 1.0
+
+
 class Method(nn.Module):
     """A distillation method: settings, adapters if any, and raw loss terms of a step.
 
     Class attributes:
         needs_teacher: False for teacher-free methods.
+        teacher_stage: how far the teacher runs: to its "head" or only to its "pyramid".
 
     Attributes:
         weights: factor of each raw term; known after `prepare`.
         keep_pre_activation: whether tower maps are wanted before the activation.
+        schedule: when it acts; `create_method` takes start, stop and warmup for it.
     """
 
     needs_teacher = True
+    teacher_stage: Literal["head", "pyramid"] = "head"
     keep_pre_activation = False
     weights: Mapping[str, float]
+    schedule = Schedule()
 
-    def prepare(self, student: DenseDetector, teacher: DenseDetector | None) -> None:
+    def prepare(self, student: FPNDetector, teacher: FPNDetector | None) -> None:
         """Checks the pair and builds adapters; called once, before the first batch.
 
         Raises:
@@ -71,12 +111,21 @@ class Method(nn.Module):
         """
         raise NotImplementedError
 
+    def factor(self, term: str, iteration: int) -> float:
+        """Of a term's weight after `iteration` steps; a method may exempt some of its terms."""
+        return self.schedule.factor(iteration)
+
+    def factors(self, iteration: int) -> dict[str, float]:
+        """Of every term's weight after `iteration` steps."""
+        return {term: self.factor(term, iteration) for term in self.weights}
+
     def forward(self, step: Step) -> dict[str, Tensor]:
         """Raw scalar terms, the same keys in every step, exactly 0 where nothing applies."""
         raise NotImplementedError
 
 
 METHODS: Registry[type[Method]] = Registry("method")
+TIMING = ("start", "stop", "warmup")
 
 
 def list_methods(pattern: str = "*") -> list[str]:
@@ -85,6 +134,15 @@ def list_methods(pattern: str = "*") -> list[str]:
 
 
 def create_method(name: str, **options: Any) -> Method:
-    """A method by name with its own keywords; `UserError` for an unknown name or keyword."""
+    """A method by name with its own keywords and those of `Schedule`.
+
+    Raises:
+        UserError: for an unknown name or keyword, or a value of the wrong type.
+    """
     entry = METHODS.get(name)
-    return entry(**checked_keywords(f"method {name!r}", entry, options))
+    timing = {key: options.pop(key) for key in TIMING if key in options}
+    method = entry(**checked_keywords(f"method {name!r}", entry, options, TIMING))
+    if timing:
+        timing = {**vars(method.schedule), **timing}
+        method.schedule = Schedule(**checked_keywords(f"method {name!r}", Schedule, timing))
+    return method

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from detdistill.detectors.dense import DenseDetector
+from detdistill.detectors.base import FPNDetector
 from detdistill.distill.adapters import EPSILON, channel_adapter, match_levels
 from detdistill.distill.method import METHODS, Method, Step
 from detdistill.distill.published import OTHER_PKD_WEIGHT, PKD_WEIGHTS
@@ -29,6 +29,8 @@ class PKD(Method):
         levels: how many of the teacher's levels, from the finest; None takes all.
     """
 
+    teacher_stage = "pyramid"
+
     def __init__(self, *, weight: float | None = None, levels: int | None = None) -> None:
         """None means CrossKD's published value."""
         super().__init__()
@@ -36,7 +38,7 @@ class PKD(Method):
             raise UserError(f"pkd with levels={levels} distils nothing; choose at least 1")
         self.weight, self.level_count = weight, levels
 
-    def prepare(self, student: DenseDetector, teacher: DenseDetector | None) -> None:
+    def prepare(self, student: FPNDetector, teacher: FPNDetector | None) -> None:
         """Matches levels by stride and builds one adapter, shared by all levels."""
         assert teacher is not None
         strides = teacher.strides[: self.level_count]
@@ -48,7 +50,7 @@ class PKD(Method):
         self.levels = match_levels(student.strides, strides, "pkd")
         weight = PKD_WEIGHTS.get(teacher.family, OTHER_PKD_WEIGHT)
         self.weights = {"feature": weight if self.weight is None else self.weight}
-        self.adapter = channel_adapter(student.tower_channels_at(0), teacher.tower_channels_at(0))
+        self.adapter = channel_adapter(student.pyramid_channels, teacher.pyramid_channels)
 
     def forward(self, step: Step) -> dict[str, Tensor]:
         """Raw term `feature`."""

@@ -8,7 +8,7 @@ import torch
 
 from detdistill.data import DetectionDataset, open_dataset, require_same_classes
 from detdistill.data.transforms import eval_size
-from detdistill.detectors import DenseDetector, create_detector, load_detector
+from detdistill.detectors import FPNDetector, create_detector, load_detector
 from detdistill.detectors.factory import split_name
 from detdistill.distill import Distiller, create_method
 from detdistill.recipe import Recipe, split_teacher
@@ -38,7 +38,7 @@ def build(recipe: Recipe) -> Parts:
     return Parts(train, val, Distiller(student, teacher, methods))
 
 
-def load_teacher(recipe: Recipe) -> DenseDetector | None:
+def load_teacher(recipe: Recipe) -> FPNDetector | None:
     """The recipe's teacher: a run folder, our weights, or `NAME=FILE` for foreign weights."""
     if recipe.teacher is None:
         return None

@@ -7,7 +7,7 @@ import math
 import sys
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -69,8 +69,12 @@ class TermWindow:
         weighted: Mapping[str, float],
         step: int,
         image_ids: Sequence[int],
+        resting: Collection[str] = (),
     ) -> None:
-        """Takes the terms of a micro batch; `UserError` on a non-finite one."""
+        """Takes the terms of a micro batch; `UserError` on a non-finite one.
+
+        `resting` terms are 0 by their schedule, about which there is nothing to warn.
+        """
         for name, value in weighted.items():
             if not math.isfinite(value):
                 raise UserError(
@@ -81,7 +85,7 @@ class TermWindow:
         for name, value in raw.items():
             before = self._sums.get(name, (0.0, 0.0))
             self._sums[name] = (before[0] + value, before[1] + weighted[name])
-            self._seen[name] = self._seen.get(name, False) or value != 0
+            self._seen[name] = self._seen.get(name, False) or value != 0 or name in resting
         self._count += 1
 
     def end_step(self) -> list[str]:

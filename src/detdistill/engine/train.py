@@ -114,4 +114,4 @@ def _watch(run: Run, terms: dict[str, torch.Tensor], image_ids: Sequence[int]) -
     plain = dict(zip(raw, numbers[len(terms) :], strict=True))
     if not all(map(math.isfinite, weighted.values())):
         image_ids = all_image_ids(image_ids)
-    run.window.add(plain, weighted, run.step, image_ids)
+    run.window.add(plain, weighted, run.step, image_ids, run.distiller.resting)

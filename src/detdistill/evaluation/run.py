@@ -10,7 +10,7 @@ import torch
 
 from detdistill.data import DetectionDataset, ImageRecord, make_eval_batches, open_dataset
 from detdistill.data.splits import Split
-from detdistill.detectors import DenseDetector
+from detdistill.detectors import FPNDetector
 from detdistill.errors import UserError
 from detdistill.evaluation.coco import CocoMetrics, Result, coco_metrics
 from detdistill.recipe import Recipe
@@ -20,7 +20,7 @@ Device = torch.device | str
 
 
 def detect_dataset(
-    detector: DenseDetector,
+    detector: FPNDetector,
     dataset: DetectionDataset,
     recipe: Recipe,
     device: Device,
@@ -55,7 +55,7 @@ def detect_dataset(
 
 
 def evaluate_dataset(
-    detector: DenseDetector,
+    detector: FPNDetector,
     dataset: DetectionDataset,
     recipe: Recipe,
     device: Device,
@@ -67,7 +67,7 @@ def evaluate_dataset(
 
 
 def evaluate(
-    detector: DenseDetector,
+    detector: FPNDetector,
     data: str | Path,
     split: Split = "test",
     *,
@@ -130,7 +130,7 @@ def _to_results(
     ]
 
 
-def _category_ids(detector: DenseDetector, dataset: DetectionDataset) -> list[int]:
+def _category_ids(detector: FPNDetector, dataset: DetectionDataset) -> list[int]:
     """The data set's category id of each of the detector's labels, matched by name if known."""
     if detector.num_classes != len(dataset.classes):
         raise UserError(

@@ -8,7 +8,7 @@ import time
 import torch
 from torch import Tensor, nn
 
-from detdistill.detectors import DenseDetector
+from detdistill.detectors import FPNDetector
 
 WARM_UP = 3
 
@@ -19,7 +19,7 @@ def count_parameters(detector: nn.Module) -> int:
 
 
 def latency_ms(
-    detector: DenseDetector,
+    detector: FPNDetector,
     height: int,
     width: int,
     device: torch.device | str,

@@ -36,6 +36,7 @@ class FPN(nn.Module):
     ) -> None:
         """Builds lateral 1x1, output 3x3 and strided extra convolutions (Xavier uniform)."""
         super().__init__()
+        self.channels = channels
         self.extra, self.relu_before_extra = extra, relu_before_extra
         bias = not group_norm
         self.lateral = nn.ModuleList(nn.Conv2d(c, channels, 1, bias=bias) for c in in_channels)

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from detdistill.data import open_dataset, require_same_classes
-from detdistill.detectors import DenseDetector, create_detector
+from detdistill.detectors import FPNDetector, create_detector
 from detdistill.distill import Distiller, create_method
 from detdistill.engine.build import load_teacher
 from detdistill.errors import UserError
@@ -35,7 +34,7 @@ def check_study(recipe: Recipe, teacher: str, methods: Sequence[str], seeds: Seq
         require_same_classes(train, split)
     if not any((~record.crowd).any() for record in test.records):
         raise UserError(f"{test.source}: no test image has a usable box; nothing can be measured")
-    model: DenseDetector | None
+    model: FPNDetector | None
     if teacher_file(teacher) is None:
         model = create_detector(teacher, len(train.classes), **recipe.teacher_options)
         model.classes = list(train.classes)
@@ -44,13 +43,8 @@ def check_study(recipe: Recipe, teacher: str, methods: Sequence[str], seeds: Seq
     student = create_detector(recipe.student, len(train.classes), **recipe.student_options)
     student.classes = list(train.classes)
     for name in methods:
-        parts = method_options(recipe, name).items()
+        parts = recipe.methods_of(name).items()
         Distiller(student, model, {part: create_method(part, **given) for part, given in parts})
-
-
-def method_options(recipe: Recipe, name: str) -> dict[str, dict[str, Any]]:
-    """Methods of an arm such as "crosskd+pkd", with the recipe's options for them."""
-    return {part: recipe.methods.get(part, {}) for part in name.split("+")}
 
 
 def teacher_file(teacher: str) -> Path | None:
@@ -72,7 +66,7 @@ def teacher_file(teacher: str) -> Path | None:
     return None
 
 
-def existing_teacher(recipe: Recipe) -> DenseDetector:
+def existing_teacher(recipe: Recipe) -> FPNDetector:
     """The teacher that a recipe names, loaded."""
     teacher = load_teacher(recipe)
     assert teacher is not None, "the recipe names a teacher"

@@ -15,7 +15,7 @@ from detdistill.detectors import load_detector
 from detdistill.engine.checkpoint import write_json, write_text
 from detdistill.evaluation.speed import latency_ms
 from detdistill.recipe import Recipe, read_yaml
-from detdistill.study.check import check_study, existing_teacher, method_options, teacher_file
+from detdistill.study.check import check_study, existing_teacher, teacher_file
 from detdistill.study.plan import STUDY, open_study, record, scaled_epochs, study_facts
 from detdistill.study.report import write_report
 from detdistill.study.runs import (
@@ -44,11 +44,12 @@ def compare(
     """Trains, tests and reports; called again, it continues where it stopped.
 
     Args:
-        recipe: student, data and schedule of every arm; `methods` may hold method options.
+        recipe: student, data and schedule of every arm; `methods` may hold method options and
+            `arms` names for sets of methods.
         out: the study's folder: `runs/<arm>/seed<k>`, `results.json`, `results.md`, `report.html`.
         teacher: a run folder, a weights file, or a detector name; a named teacher is trained
             first, by the same recipe with `recipe.teacher_options`.
-        methods: arms to add, e.g. ["crosskd", "crosskd+pkd"].
+        methods: arms to add, e.g. ["crosskd", "crosskd+pkd"], or names of `recipe.arms`.
         seeds: each arm but the teacher runs once with each.
         teacher_epochs: of a teacher trained here, if not those of the recipe.
         on_status: called with a line at each step of the study.
@@ -98,6 +99,7 @@ class _Study:
             "teacher": None,
             "teacher_options": {},
             "methods": {},
+            "arms": {},
             "seed": 0,
         }
         recipe = self.recipe.model_copy(update=changes)
@@ -119,10 +121,10 @@ class _Study:
     def seed(self, seed: int, methods: list[str], teacher: str) -> dict[str, RunScore]:
         """Control, methods and same-time control of one seed."""
         alone: dict[str, Any] = {"teacher": None, "teacher_options": {}, "methods": {}}
-        control = self.recipe.model_copy(update={**alone, "seed": seed})
+        control = self.recipe.model_copy(update={**alone, "arms": {}, "seed": seed})
         scores = {"student": self.run(f"runs/student/seed{seed}", control)}
         for name in methods:
-            changes = {"methods": method_options(self.recipe, name), "seed": seed}
+            changes = {"methods": self.recipe.methods_of(name), "arms": {}, "seed": seed}
             distilled = self.taught_by(teacher).model_copy(update=changes)
             run = self.run(f"runs/{name}/seed{seed}", distilled)
             scores[name] = with_gain_interval(run, scores["student"], self.recipe)

@@ -21,7 +21,7 @@ from detdistill.recipe import Recipe
 from detdistill.study.runs import read_json, study_device
 
 STUDY = "study.json"
-FREE = RUN_FREE | {"seed", "methods", "teacher"}
+FREE = RUN_FREE | {"seed", "methods", "arms", "teacher"}
 """Recipe keys that may change between two calls: they change no result, or are set per run."""
 
 
@@ -42,8 +42,10 @@ def open_study(out: Path, settings: dict[str, Any]) -> dict[str, Any]:
     if path.exists():
         state = read_json(path)
         _refuse_difference(path, state, settings)
-        methods = {**state["recipe"]["methods"], **settings["recipe"]["methods"]}
-        settings = {**settings, "recipe": {**settings["recipe"], "methods": methods}}
+        both = {
+            key: {**state["recipe"][key], **settings["recipe"][key]} for key in ("methods", "arms")
+        }
+        settings = {**settings, "recipe": {**settings["recipe"], **both}}
     elif out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(
             f"{out}: holds something else than a study (no {STUDY}): give another --out folder"
@@ -125,9 +127,10 @@ def _refuse_difference(path: Path, state: dict[str, Any], settings: dict[str, An
     pairs = [(key, old.get(key), new.get(key)) for key in new if key not in FREE]
     pairs += [(key, state[key], settings[key]) for key in ("teacher", "teacher_epochs")]
     pairs += [
-        (f"methods.{name}", old["methods"][name], options)
-        for name, options in new["methods"].items()
-        if name in old["methods"]
+        (f"{key}.{name}", old[key][name], options)
+        for key in ("methods", "arms")
+        for name, options in new[key].items()
+        if name in old[key]
     ]
     for key, before, now in pairs:
         if before != now:

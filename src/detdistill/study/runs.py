@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from detdistill.data import open_dataset
-from detdistill.detectors import DenseDetector, load_detector
+from detdistill.detectors import FPNDetector, load_detector
 from detdistill.engine.checkpoint import write_json, write_text
 from detdistill.engine.train import train
 from detdistill.errors import UserError
@@ -96,7 +96,7 @@ def _is_finished(recipe: Recipe, folder: Path) -> bool:
 
 
 def test_once(
-    weights: Path, recipe: Recipe, folder: Path, load: Callable[[], DenseDetector]
+    weights: Path, recipe: Recipe, folder: Path, load: Callable[[], FPNDetector]
 ) -> dict[str, Any]:
     """The test numbers of a weights file; a second call reads them back from `folder`.
 

@@ -17,6 +17,9 @@ Kind = Literal["teacher", "control", "method", "same_time"]
 
 TITLES = {
     "crosskd": "CrossKD",
+    "mimic": "mimicking",
+    "feature": "feature imitation",
+    "soft_label": "soft labels",
     "pkd": "PKD",
     "head": "HEAD",
     "tf_head": "TF-HEAD",
