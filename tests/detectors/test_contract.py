@@ -6,7 +6,7 @@ import torch
 from detdistill import create_detector, list_detectors, load_detector, save_detector
 from detdistill.detectors.registry import FAMILIES
 from detdistill.detectors.stages import DenseHead
-from tests.helpers import NARROW, make_batch, narrow
+from tests.helpers import make_batch, narrow, narrow_options
 
 R18 = [f"{family}_r18" for family in FAMILIES.names()]
 
@@ -153,7 +153,7 @@ def test_any_timm_backbone_by_stride():
 @pytest.mark.slow
 @pytest.mark.parametrize("name", list_detectors())
 def test_every_listed_detector_trains_a_step(name):
-    detector = create_detector(name, 3, **NARROW)
+    detector = create_detector(name, 3, **narrow_options(name))
     batch = make_batch()
     losses = detector.loss(detector(batch), batch.padded_targets())
     sum(losses.values()).backward()

@@ -9,8 +9,9 @@ from torch import Tensor, nn
 
 from detdistill.detectors.base import FPNDetector
 from detdistill.detectors.inference import detect_image
+from detdistill.detectors.proposals import NMS_THRESHOLD, propose
 from detdistill.parts.anchors import AnchorGrid, PointGrid, cells_on_image
-from detdistill.parts.assigners import IGNORED
+from detdistill.parts.assigners import IGNORED, take_matches
 from detdistill.parts.fpn import ExtraFrom
 from detdistill.parts.heads import Tower
 from detdistill.parts.losses import Reduce, mean_over_processes
@@ -19,6 +20,7 @@ from detdistill.structures import (
     DenseOutput,
     Detections,
     Predictions,
+    Proposals,
     Pyramid,
     Targets,
 )
@@ -193,15 +195,12 @@ class DenseDetector(FPNDetector):
 
     def assignment_of(self, matched: Tensor, targets: Targets) -> Assignment:
         """The record of what an assigner returned (see `match`)."""
-        positive = matched >= 0
-        index = matched.clamp(min=0)
-        labels = torch.where(positive, targets.labels.gather(1, index), self.num_classes)
-        boxes = targets.boxes.gather(1, index[..., None].expand(-1, -1, 4))
+        positive, labels, boxes = take_matches(matched, targets, self.num_classes)
         return Assignment(
             labels=labels,
             weights=(matched != IGNORED).float(),
             positive=positive,
-            boxes=boxes * positive[..., None],
+            boxes=boxes,
             matched=matched.clamp(min=-1),
             num_positive=self.count_positive(positive),
         )
@@ -229,6 +228,27 @@ class DenseDetector(FPNDetector):
             detect_image(self, output, i, size, score_threshold, max_detections)
             for i, size in enumerate(sizes)
         ]
+
+    def propose(
+        self,
+        output: DenseOutput,
+        sizes: Sequence[tuple[int, int]],
+        *,
+        per_level: int = 2000,
+        max_per_image: int = 1000,
+        nms_threshold: float = NMS_THRESHOLD,
+        min_size: float = 0.0,
+    ) -> Proposals:
+        """The head as an RPN; keywords as `proposals.propose`."""
+        return propose(
+            self,
+            output,
+            sizes,
+            per_level=per_level,
+            max_per_image=max_per_image,
+            nms_threshold=nms_threshold,
+            min_size=min_size,
+        )
 
     @staticmethod
     def flat_anchors(anchors: Sequence[Tensor]) -> Tensor:

@@ -22,6 +22,7 @@ def assign_max_iou(
     *,
     positive: float = 0.5,
     negative: float = 0.4,
+    forced: float | None = 0.0,
 ) -> Tensor:
     """RetinaNet's rule (arXiv 1708.02002 section 4), with MMDetection's low-quality matches.
 
@@ -31,11 +32,12 @@ def assign_max_iou(
     exactly, so the last bit of the IoU may decide how many match.
 
     Args:
-        anchors: (P, 4) xyxy pixels, or (B, P, 4) where each image has its own.
+        anchors: (P, 4) xyxy pixels, or (B, P, 4) where every image has its own.
         valid: (B, P) bool; others are ignored and take no part.
         targets: the ground truth, at least one slot per image.
         positive: least IoU of a positive.
         negative: IoU below which an anchor is background.
+        forced: least IoU of the anchors that a box takes because none is better; None for none.
 
     Returns:
         (B, P) int64: index of the matched box, `BACKGROUND` or `IGNORED`.
@@ -46,12 +48,29 @@ def assign_max_iou(
     best, matched = iou.max(1)
     matched = torch.where(best >= positive, matched, IGNORED)
     matched = torch.where(best < negative, BACKGROUND, matched)
-    best_of_box = iou.amax(2, keepdim=True)
-    forced = (iou == best_of_box) & (best_of_box > 0)
-    slots = torch.arange(iou.shape[1], device=iou.device)[None, :, None]
-    last = torch.where(forced, slots, -1).amax(1)
-    matched = torch.where(last >= 0, last, matched)
+    if forced is not None:
+        best_of_box = iou.amax(2, keepdim=True)
+        takes = (iou == best_of_box) & (best_of_box > 0) & (best_of_box >= forced)
+        slots = torch.arange(iou.shape[1], device=iou.device)[None, :, None]
+        last = torch.where(takes, slots, -1).amax(1)
+        matched = torch.where(last >= 0, last, matched)
     return torch.where(valid, matched, IGNORED)
+
+
+def take_matches(
+    matched: Tensor, targets: Targets, num_classes: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What the anchors of a match (B, P) learn.
+
+    Returns:
+        (B, P) bool: positives; (B, P) int64 labels, `num_classes` for the rest; (B, P, 4) boxes,
+        zeros for the rest.
+    """
+    positive = matched >= 0
+    index = matched.clamp(min=0)
+    labels = torch.where(positive, targets.labels.gather(1, index), num_classes)
+    boxes = targets.boxes.gather(1, index[..., None].expand(-1, -1, 4))
+    return positive, labels, boxes * positive[..., None]
 
 
 def assign_atss(
