@@ -13,7 +13,9 @@ _HOMES = {
     "CrossKD": "detdistill.distill",
     "Detections": "detdistill.structures",
     "Distiller": "detdistill.distill",
+    "HEAD": "detdistill.distill",
     "PKD": "detdistill.distill",
+    "TFHEAD": "detdistill.distill",
     "UserError": "detdistill.errors",
     "create_detector": "detdistill.detectors",
     "create_method": "detdistill.distill",
@@ -32,14 +34,24 @@ if TYPE_CHECKING:
         load_detector,
         save_detector,
     )
-    from detdistill.distill import PKD, CrossKD, Distiller, create_method, list_methods
+    from detdistill.distill import (
+        HEAD,
+        PKD,
+        TFHEAD,
+        CrossKD,
+        Distiller,
+        create_method,
+        list_methods,
+    )
     from detdistill.errors import UserError
     from detdistill.evaluation import evaluate
     from detdistill.recipes import list_recipes
     from detdistill.structures import Batch, Detections
 
 __all__ = [
+    "HEAD",
     "PKD",
+    "TFHEAD",
     "Batch",
     "CrossKD",
     "Detections",

@@ -52,6 +52,7 @@ class DenseDetector(FPNDetector):
     box_coding: str
     nms_threshold: float
     quality_tower: str | None = None
+    inner_maps: tuple[str, ...] = ()  # in `DenseOutput.features`, after ReLU, as wide as the towers
     masks_padding = True  # cells beyond an image learn nothing; points have no such rule
 
     def __init__(

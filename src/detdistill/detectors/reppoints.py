@@ -54,6 +54,7 @@ class RepPoints(DenseDetector):
     box_coding = "points"
     loss_weights = {"cls": 1.0, "box_init": 0.5, "box": 1.0}
     nms_threshold = 0.5
+    inner_maps = ("init", "cls", "refine")
 
     def __init__(
         self,
