@@ -8,6 +8,7 @@ from typing import Any
 import timm
 
 from detdistill.detectors import atss as atss  # each import files a family in the registry
+from detdistill.detectors import cascade_rcnn as cascade_rcnn
 from detdistill.detectors import faster_rcnn as faster_rcnn
 from detdistill.detectors import fcos as fcos
 from detdistill.detectors import gfl as gfl

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -29,13 +30,21 @@ class RPN(nn.Module):
     Args:
         channels: of the pyramid and of the convolution.
         box_beta: where the smooth L1 loss of the deltas turns linear; 0 is L1.
+        crossing: whether anchors that cross the border of their image learn.
         reduce: whether normalisers are averaged over processes ("global") or not ("local").
     """
 
-    def __init__(self, channels: int, *, box_beta: float = 0.0, reduce: Reduce = "local") -> None:
+    def __init__(
+        self,
+        channels: int,
+        *,
+        box_beta: float = 0.0,
+        crossing: bool = True,
+        reduce: Reduce = "local",
+    ) -> None:
         """All convolutions start from N(0, 0.01)."""
         super().__init__()
-        self.box_beta, self.reduce = box_beta, reduce
+        self.box_beta, self.crossing, self.reduce = box_beta, crossing, reduce
         self.grid = AnchorGrid([ANCHOR_SCALE], RATIOS)
         self.tower = Tower(channels, channels, 1, group_norm=False)
         self.logits = predictor(channels, self.grid.per_location, kernel=1)
@@ -63,9 +72,12 @@ class RPN(nn.Module):
         `num_positive` counts them all, negatives too, as published.
         """
         objects = replace(targets, labels=targets.labels.clamp(max=0))
+        anchors = DenseDetector.flat_anchors(output.anchors)
         valid = cells_on_image(output.pyramid, targets.sizes, self.grid.per_location)
+        if not self.crossing:
+            valid &= _inside(anchors, targets.sizes)
         matched = assign_max_iou(
-            DenseDetector.flat_anchors(output.anchors),
+            anchors,
             valid,
             objects,
             positive=IOU_POSITIVE,
@@ -106,3 +118,9 @@ class RPN(nn.Module):
             "cls": cls / assignment.num_positive,
             "box": (box + flat.boxes.sum() * 0) / assignment.num_positive,
         }
+
+
+def _inside(anchors: Tensor, sizes: Sequence[tuple[int, int]]) -> Tensor:
+    """(B, P) bool: anchors (P, 4) that lie in images of (h, w) pixels."""
+    far = anchors.new_tensor([[width, height] for height, width in sizes])
+    return (anchors[:, :2] >= 0).all(1) & (anchors[None, :, 2:] < far[:, None]).all(2)
