@@ -5,10 +5,16 @@ import inspect
 import torch
 
 from detdistill import Batch, create_detector
+from detdistill.detectors.dense import DenseDetector
 from detdistill.detectors.factory import split_name
 from detdistill.detectors.registry import FAMILIES
 
 NARROW = {"base_channels": 8, "fpn_channels": 16}
+FAMILIES_R18 = [f"{family}_r18" for family in FAMILIES.names()]
+DENSE_R18 = [
+    name for name in FAMILIES_R18 if issubclass(FAMILIES.get(name[: -len("_r18")]), DenseDetector)
+]
+TWO_STAGE_R18 = [name for name in FAMILIES_R18 if name not in DENSE_R18]
 NARROW_HEADS = {"tower_channels": 16, "roi_channels": 32}
 
 

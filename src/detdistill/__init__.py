@@ -11,6 +11,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "Batch": "detdistill.structures",
     "CrossKD": "detdistill.distill",
+    "CrossKDRoI": "detdistill.distill",
     "Detections": "detdistill.structures",
     "Distiller": "detdistill.distill",
     "HEAD": "detdistill.distill",
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
         PKD,
         TFHEAD,
         CrossKD,
+        CrossKDRoI,
         Distiller,
         create_method,
         list_methods,
@@ -54,6 +56,7 @@ __all__ = [
     "TFHEAD",
     "Batch",
     "CrossKD",
+    "CrossKDRoI",
     "Detections",
     "Distiller",
     "UserError",

@@ -7,12 +7,10 @@ import pytest
 import torch
 
 from detdistill import CrossKD, Distiller, UserError, create_method, list_methods
-from detdistill.detectors.registry import FAMILIES as DETECTOR_FAMILIES
 from detdistill.distill.adapters import align_statistics
 from detdistill.distill.published import PUBLISHED
-from tests.helpers import make_batch, narrow
-
-FAMILIES = [f"{family}_r18" for family in DETECTOR_FAMILIES.names()]
+from tests.helpers import DENSE_R18 as FAMILIES
+from tests.helpers import TWO_STAGE_R18, make_batch, narrow
 
 
 def pair(name="gfl_r18", teacher_name=None, teacher=None, **student):
@@ -231,6 +229,14 @@ def test_what_cannot_work_is_refused_before_training(student, teacher, options, 
 def test_kl_needs_distributions():
     with pytest.raises(UserError, match="needs distance distributions"):
         Distiller(*pair("retinanet_r18"), {"crosskd": CrossKD(box_loss="kl")})
+
+
+@pytest.mark.parametrize("name", TWO_STAGE_R18)
+def test_two_stage_detectors_are_refused(name):
+    with pytest.raises(UserError, match=f"crosskd needs a dense teacher; {name} has no dense head"):
+        Distiller(narrow(), narrow(name), {"crosskd": CrossKD()})
+    with pytest.raises(UserError, match=f"crosskd needs a dense student; {name} has no dense head"):
+        Distiller(narrow(name), narrow(), {"crosskd": CrossKD()})
 
 
 def test_classes_in_another_order_are_refused():

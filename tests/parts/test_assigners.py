@@ -56,6 +56,20 @@ def test_max_iou_a_later_box_wins_a_forced_anchor():
     assert matched[0, 4] == 1
 
 
+def test_max_iou_without_forced_matches():
+    boxes = targets([[0, 0, 10, 10], [38, 38, 50, 50]])
+    for forced, wanted in ((0.0, 1), (0.01, 1), (0.1, BACKGROUND), (None, BACKGROUND)):
+        assert assign_max_iou(ANCHORS, ALL, boxes, forced=forced)[0, 4] == wanted
+
+
+def test_max_iou_with_anchors_of_each_image():
+    boxes = targets([[0, 0, 10, 10]], [[30, 30, 40, 40]])
+    both = torch.stack((ANCHORS, ANCHORS.flip(0)))
+    matched = assign_max_iou(both, ALL.expand(2, -1), boxes)
+    assert matched[0].tolist() == [0, IGNORED, 0, BACKGROUND, BACKGROUND]
+    assert matched[1].tolist() == [0, *[BACKGROUND] * 4]
+
+
 def test_max_iou_a_box_that_touches_no_anchor_takes_none():
     matched = assign_max_iou(ANCHORS, ALL, targets([[50, 50, 60, 60]]))
     assert (matched == BACKGROUND).all()

@@ -152,13 +152,13 @@ class RoIHead(nn.Module):
         number = mean_over_processes(boxes.new_tensor(len(boxes)), self.reduce, at_least=1)
         cls = F.cross_entropy(output.logits.float(), labels, reduction="sum")
         [rows] = (labels < self.num_classes).nonzero(as_tuple=True)
-        found = self._deltas_of(output.boxes, rows, labels[rows])
+        found = self.deltas_of(output.boxes, rows, labels[rows])
         wanted = xyxy_to_deltas(torch.cat(proposals.matched_boxes)[rows], boxes[rows])
         wanted = wanted / wanted.new_tensor(self.delta_scales)
         box = F.smooth_l1_loss(found, wanted, reduction="sum", beta=self.box_beta)
         return {"cls": cls / number, "box": (box + output.boxes.float().sum() * 0) / number}
 
-    def _deltas_of(self, deltas: Tensor, rows: Tensor, classes: Tensor) -> Tensor:
+    def deltas_of(self, deltas: Tensor, rows: Tensor, classes: Tensor) -> Tensor:
         """(M, 4) float32 of M pairs of RoI and class."""
         if self.class_agnostic:
             return deltas[rows].float()
@@ -210,7 +210,7 @@ class RoIHead(nn.Module):
         ):
             scores = logits.float().softmax(-1)[:, :-1]
             rows, classes = (scores > score_threshold).nonzero(as_tuple=True)
-            decoded = self.decode(self._deltas_of(deltas, rows, classes), boxes[rows])
+            decoded = self.decode(self.deltas_of(deltas, rows, classes), boxes[rows])
             found.append(
                 best_boxes(
                     clip_xyxy(decoded, size),

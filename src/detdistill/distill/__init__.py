@@ -1,6 +1,7 @@
 """Distillation: one method, one file, put together by the `Distiller`."""
 
 from detdistill.distill.crosskd import CrossKD
+from detdistill.distill.crosskd_roi import CrossKDRoI
 from detdistill.distill.distiller import Distiller
 from detdistill.distill.head import HEAD
 from detdistill.distill.method import METHODS, Method, Step, create_method, list_methods
@@ -13,6 +14,7 @@ __all__ = [
     "PKD",
     "TFHEAD",
     "CrossKD",
+    "CrossKDRoI",
     "Distiller",
     "Method",
     "Step",

@@ -25,14 +25,14 @@ def sample_balanced(
     """
     keys = torch.rand(positive.shape, device=positive.device)
     share = int(count * positive_fraction)
-    taken = _draw(positive, keys, torch.full_like(keys[:, 0], share), share)
-    rest = count - taken.sum(1)
+    taken = _draw(positive, keys, share, share)
+    rest = count - taken.sum(1, keepdim=True)
     return taken | _draw(negative, keys, rest, count)
 
 
-def _draw(among: Tensor, keys: Tensor, wanted: Tensor, most: int) -> Tensor:
-    """(B, P) bool: the `wanted` (B,) entries, at most `most`, with the highest keys."""
+def _draw(among: Tensor, keys: Tensor, wanted: Tensor | int, most: int) -> Tensor:
+    """(B, P) bool: the `wanted`, or (B, 1), entries with the highest keys; never over `most`."""
     best, index = torch.where(among, keys, -1.0).topk(min(most, keys.shape[1]), 1)
     places = torch.arange(best.shape[1], device=keys.device)
-    kept = (best >= 0) & (places < wanted[:, None])
+    kept = (best >= 0) & (places < wanted)
     return torch.zeros_like(among).scatter(1, index, kept)
