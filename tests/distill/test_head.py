@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from detdistill import HEAD, CrossKD, Distiller, UserError, create_method
+from detdistill.detectors.base import FPNDetector
 from detdistill.distill.assistants import CellProjector, cross_kind_loss, gather_cells, mean_square
 from detdistill.structures import GROUND_TRUTH, Proposals
 from tests.helpers import make_batch, narrow
@@ -417,3 +418,13 @@ def test_other_misfits_are_refused():
         create_method("head", proposal=10)
     with pytest.raises(UserError, match="option proposals"):
         create_method("head", proposals=0)
+
+
+@pytest.mark.parametrize("role", ["student", "teacher"])
+def test_models_whose_heads_cannot_be_copied_are_refused(role):
+    models = {"student": narrow("retinanet_r18"), "teacher": narrow("faster_rcnn_r18", seed=1)}
+    models[role] = FPNDetector.__new__(FPNDetector)
+    torch.nn.Module.__init__(models[role])
+    models[role].name, models[role].family = "foreign", "foreign"
+    with pytest.raises(UserError, match="which foreign does not allow"):
+        HEAD().prepare(**models)

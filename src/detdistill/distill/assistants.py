@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from detdistill.detectors.base import FPNDetector
 from detdistill.detectors.dense import DenseDetector
 from detdistill.detectors.fcos import FCOS
 from detdistill.detectors.retinanet import RetinaNet
@@ -172,6 +173,15 @@ class DenseAssistant(nn.Module):
         weights, terms = self.head.loss_weights, self.head.loss(output, targets)
         named = {name.removeprefix("task/"): value for name, value in terms.items()}
         return {name: value / weights[name] for name, value in named.items()}
+
+
+def require_own_head(model: FPNDetector | None, method: str) -> None:
+    """Refuses a model whose heads can neither be copied nor read."""
+    if model is not None and not isinstance(model, (DenseDetector, TwoStageDetector)):
+        raise UserError(
+            f"{method} copies heads and reads inside them, which {model.name} does not allow; "
+            f"convert its weights to a detector of ours first"
+        )
 
 
 def fresh_roi_assistant(num_classes: int, channels: int) -> RoIAssistant:

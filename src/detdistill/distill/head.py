@@ -35,6 +35,7 @@ from detdistill.distill.assistants import (
     mean_square,
     mean_square_of_levels,
     prefixed,
+    require_own_head,
     tower_maps,
 )
 from detdistill.distill.method import METHODS, Step
@@ -84,8 +85,8 @@ class HEAD(AssistedMethod):
       box came from, towards the second shared layer.
     - A dense teacher, e.g. RepPoints. The assistant is a copy of its dense head. `akd_tower_cls`,
       `akd_tower_box` and, for RepPoints, `akd_init`, `akd_cls`, `akd_refine`: maps, on every level.
-      `ckd_cls`, `ckd_box` (off, as in the published experiment): the middle of the student's towers
-      towards the end of the teacher's.
+      `ckd_cls`, `ckd_box` (off, as in the published experiment; reconstructed): the middle of the
+      student's towers towards the end of the teacher's.
     - A two-stage student with a two-stage teacher of another family, e.g. Cascade R-CNN. As the
       first, on the student's sampled boxes; `akd_1_1` to `akd_3_2` for three stages. `ckd` (off, as
       published): the student's second shared layer towards that of the teacher's first stage.
@@ -126,6 +127,8 @@ class HEAD(AssistedMethod):
 
     def prepare(self, student: FPNDetector, teacher: FPNDetector | None) -> None:
         """Checks the pair, fills in the published settings, builds assistant and adapters."""
+        for model in (student, teacher):
+            require_own_head(model, "head")
         if teacher is not None:
             _check_pair(student, teacher)
         if isinstance(teacher, DenseDetector):
@@ -153,11 +156,6 @@ def _check_pair(student: FPNDetector, teacher: FPNDetector) -> None:
             f"head is for heads of different kinds, and {student.name} and {teacher.name} are both "
             f"{student.family}; between such a pair it is imitation of the pyramid: use the method "
             f"'feature'"
-        )
-    if not isinstance(teacher, (DenseDetector, TwoStageDetector)):
-        raise UserError(
-            f"head copies the teacher's head for its assistant, and {teacher.name} is a view of "
-            f"another framework's model: convert its weights to a detector of ours first"
         )
     check_same_classes(student, teacher, "head")
 
@@ -211,7 +209,11 @@ class RoILink(nn.Module):
         if isinstance(student, DenseDetector):
             self.projector = cell_projector(student, width, self.settings.projector)
         elif self.settings.projector == "per_anchor":
-            raise _no_origin(student)
+            raise UserError(
+                f"head: ckd_projector 'per_anchor' needs to know which anchor of the student's own "
+                f"head each box came from, and the boxes of {student.name} have moved on since; "
+                f"use 'single', or a dense student such as retinanet_r18"
+            )
         else:
             shared = cast(RoIHead, cast(TwoStageDetector, student).roi_heads[0]).shared
             own = cast(nn.Linear, shared[-1]).out_features
@@ -252,8 +254,6 @@ class RoILink(nn.Module):
 
 def _roi_assistant(student: FPNDetector, teacher: TwoStageDetector | None) -> RoIAssistant:
     """A copy of the teacher's RoI heads, which is trained on, or an untrained one."""
-    if not hasattr(student, "propose"):
-        raise _no_origin(student)
     if teacher is not None:
         heads = copy.deepcopy(teacher.roi_heads)
         return RoIAssistant(heads, student.pyramid_channels, teacher.pyramid_channels)
@@ -263,14 +263,6 @@ def _roi_assistant(student: FPNDetector, teacher: TwoStageDetector | None) -> Ro
             f"such a head itself; choose a dense student, or the method 'tf_head'"
         )
     return fresh_roi_assistant(student.num_classes, student.pyramid_channels)
-
-
-def _no_origin(student: FPNDetector) -> UserError:
-    return UserError(
-        f"head: this setting needs to know which anchor of the student's own head each box came "
-        f"from, which {student.name} does not tell; choose a dense student such as retinanet_r18, "
-        f"or ckd_projector 'single'"
-    )
 
 
 class DenseLink(nn.Module):

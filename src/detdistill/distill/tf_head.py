@@ -27,6 +27,7 @@ from detdistill.distill.assistants import (
     fresh_roi_assistant,
     mean_square_of_levels,
     prefixed,
+    require_own_head,
     tower_maps,
 )
 from detdistill.distill.method import METHODS, Step
@@ -107,11 +108,7 @@ class TFHEAD(AssistedMethod):
 
     def _choose(self, student: FPNDetector) -> Sequence[Kind]:
         own: tuple[Kind, ...]
-        if not isinstance(student, (DenseDetector, TwoStageDetector)):
-            raise UserError(
-                f"tf_head needs a student whose towers it can read, and {student.name} is a view "
-                f"of another framework's model: convert its weights to a detector of ours first"
-            )
+        require_own_head(student, "tf_head")
         own = ("rcnn",) if isinstance(student, TwoStageDetector) else (student.family,)  # type: ignore[assignment]
         fitting = [kind for kind in KINDS if kind not in own]
         if self.wanted is None:
