@@ -122,18 +122,35 @@ def test_every_misfit_is_listed_unless_allowed(tmp_path):
     assert torch.equal(loaded.state_dict()["logits.weight"], state["logits.weight"])
 
 
+REPPOINTS = {
+    "logits": "reppoints_cls_out",
+    "deform.cls": "reppoints_cls_conv",
+    "deform.box": "reppoints_pts_refine_conv",
+    "init_conv": "reppoints_pts_init_conv",
+    "init_points": "reppoints_pts_init_out",
+    "refined_points": "reppoints_pts_refine_out",
+    "moment_transfer": "moment_transfer",
+}
+
+
 def to_mmdetection(state, family):
     """The inverse of the published table, for a round trip."""
     import re
 
-    prefix = {"gfl": "gfl_", "retinanet": "retina_", "atss": "atss_", "fcos": "conv_"}[family]
+    prefixes = {"retinanet": "retina_", "fcos": "conv_", "reppoints": "reppoints_"}
+    prefix = prefixes.get(family, f"{family}_")
     renamed = {}
     for name, tensor in state.items():
         name = name.replace("backbone.body.", "backbone.")
         name = re.sub(r"fpn\.lateral\.(\d)", r"neck.lateral_convs.\1.conv", name)
         name = re.sub(r"fpn\.output\.(\d)", r"neck.fpn_convs.\1.conv", name)
+        name = re.sub(r"fpn\.lateral_norm\.(\d)", r"neck.lateral_convs.\1.gn", name)
+        name = re.sub(r"fpn\.output_norm\.(\d)", r"neck.fpn_convs.\1.gn", name)
         name = name.replace("towers.cls.blocks", "bbox_head.cls_convs")
         name = name.replace("towers.box.blocks", "bbox_head.reg_convs").replace(".norm.", ".gn.")
+        if family == "reppoints":
+            for ours, theirs in REPPOINTS.items():
+                name = re.sub(f"^{ours}", f"bbox_head.{theirs}", name)
         name = re.sub(r"^logits", f"bbox_head.{prefix}cls", name)
         name = re.sub(r"^quality", f"bbox_head.{prefix}centerness", name)
         name = re.sub(r"^(deltas|distances|distributions)", f"bbox_head.{prefix}reg", name)

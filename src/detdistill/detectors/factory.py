@@ -12,6 +12,7 @@ from detdistill.detectors import cascade_rcnn as cascade_rcnn
 from detdistill.detectors import faster_rcnn as faster_rcnn
 from detdistill.detectors import fcos as fcos
 from detdistill.detectors import gfl as gfl
+from detdistill.detectors import reppoints as reppoints
 from detdistill.detectors import retinanet as retinanet
 from detdistill.detectors.base import FPNDetector
 from detdistill.detectors.registry import BACKBONES, FAMILIES
