@@ -14,7 +14,9 @@ _HOMES = {
     "CrossKDRoI": "detdistill.distill",
     "Detections": "detdistill.structures",
     "Distiller": "detdistill.distill",
+    "HEAD": "detdistill.distill",
     "PKD": "detdistill.distill",
+    "TFHEAD": "detdistill.distill",
     "UserError": "detdistill.errors",
     "as_detector": "detdistill.detectors",
     "create_detector": "detdistill.detectors",
@@ -36,7 +38,9 @@ if TYPE_CHECKING:
         save_detector,
     )
     from detdistill.distill import (
+        HEAD,
         PKD,
+        TFHEAD,
         CrossKD,
         CrossKDRoI,
         Distiller,
@@ -49,7 +53,9 @@ if TYPE_CHECKING:
     from detdistill.structures import Batch, Detections
 
 __all__ = [
+    "HEAD",
     "PKD",
+    "TFHEAD",
     "Batch",
     "CrossKD",
     "CrossKDRoI",

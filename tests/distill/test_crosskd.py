@@ -31,7 +31,7 @@ def kd_loss(losses):
 @pytest.mark.parametrize("align_on", ["post_act", "pre_act"])
 @pytest.mark.parametrize("align", [True, False])
 def test_the_gradient_reaches_exactly_the_part_before_the_cut(name, depth, align_on, align):
-    student, teacher = pair(name)
+    student, teacher = pair(name, teacher={"tower_depth": 4}, tower_depth=4)
     _, losses = step(student, teacher, depth=depth, align_on=align_on, align=align)
     kd_loss(losses).backward()
     for branch in ("cls", "box"):
@@ -94,6 +94,8 @@ def test_finite_when_the_teacher_is_sure_of_nothing():
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_student_equal_to_its_teacher_has_nothing_to_learn(name):
     student = narrow(name).eval()
+    if student.box_coding == "points":  # untrained, they coincide: a box without area
+        torch.nn.init.normal_(student.refined_points.bias, std=2.0)
     distiller = Distiller(student, copy.deepcopy(student), {"crosskd": CrossKD()}).eval()
     losses = distiller(make_batch())
     assert losses["crosskd/cls"].item() == pytest.approx(0, abs=1e-4)
@@ -131,7 +133,7 @@ def test_unlike_heads_meet_at_the_teachers(name, other):
     kd_loss(losses).backward()
     assert student.towers["cls"].blocks[0].conv.weight.grad.any()
     method = distiller.methods["crosskd"]
-    assert method.box_loss == PUBLISHED[other.removesuffix("_r18")].box_loss
+    assert method.box_loss == PUBLISHED.get(teacher.family, PUBLISHED["retinanet"]).box_loss
     assert {f"crosskd/{term}" for term in method.weights} < set(losses)
 
 

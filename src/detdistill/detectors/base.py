@@ -41,6 +41,7 @@ class FPNDetector(nn.Module):
         fpn_channels: channels of the pyramid.
         fpn_extra: where the two coarse levels P6 and P7 start; "pool" makes a pyramid of P2..P6,
             the last by pooling.
+        fpn_group_norm: GroupNorm in the pyramid.
     """
 
     family: str
@@ -63,6 +64,7 @@ class FPNDetector(nn.Module):
         norm_eval: bool,
         fpn_channels: int,
         fpn_extra: ExtraFrom | Literal["pool"],
+        fpn_group_norm: bool = False,
     ) -> None:
         """Builds backbone and pyramid."""
         super().__init__()
@@ -86,7 +88,9 @@ class FPNDetector(nn.Module):
         if fpn_extra == "pool":
             self.fpn = PooledFPN(channels, fpn_channels)
         else:
-            self.fpn = FPN(channels, fpn_channels, fpn_extra, self.relu_before_extra)
+            self.fpn = FPN(
+                channels, fpn_channels, fpn_extra, self.relu_before_extra, fpn_group_norm
+            )
         self.strides = self.fpn.strides
         caffe = self.backbone.caffe
         mean = self.caffe_mean if caffe else IMAGENET_MEAN

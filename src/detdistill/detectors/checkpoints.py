@@ -63,6 +63,8 @@ MMDETECTION: tuple[tuple[str, ...], ...] = (
     *_mobilenet_rows(),
     *_swin_rows(),
     (r"backbone\.(.+)", r"backbone.body.\1"),
+    (r"neck\.lateral_convs\.(\d+)\.gn\.(\w+)", r"fpn.lateral_norm.\1.\2"),
+    (r"neck\.fpn_convs\.(\d+)\.gn\.(\w+)", r"fpn.output_norm.\1.\2"),
     (r"neck\.lateral_convs\.(\d+)\.conv\.(\w+)", r"fpn.lateral.\1.\2"),
     (r"neck\.fpn_convs\.(\d+)\.conv\.(\w+)", r"fpn.output.\1.\2"),
     (r"bbox_head\.cls_convs\.(\d+)\.conv\.(\w+)", r"towers.cls.blocks.\1.conv.\2"),
@@ -79,6 +81,13 @@ MMDETECTION: tuple[tuple[str, ...], ...] = (
     (r"bbox_head\.atss_centerness\.(\w+)", r"quality.\1", "atss"),
     (r"bbox_head\.conv_centerness\.(\w+)", r"quality.\1", "fcos"),
     (r"bbox_head\.gfl_reg\.(\w+)", r"distributions.\1", "gfl"),
+    (r"bbox_head\.reppoints_cls_conv\.weight", r"deform.cls.weight"),
+    (r"bbox_head\.reppoints_cls_out\.(\w+)", r"logits.\1", "reppoints"),
+    (r"bbox_head\.reppoints_pts_init_conv\.(\w+)", r"init_conv.\1"),
+    (r"bbox_head\.reppoints_pts_init_out\.(\w+)", r"init_points.\1"),
+    (r"bbox_head\.reppoints_pts_refine_conv\.weight", r"deform.box.weight"),
+    (r"bbox_head\.reppoints_pts_refine_out\.(\w+)", r"refined_points.\1"),
+    (r"bbox_head\.moment_transfer", r"moment_transfer"),
     (r"bbox_head\.scales\.(\d+)\.scale", r"scales.\1.scale"),
     (r"rpn_head\.rpn_conv\.(\w+)", r"rpn.tower.blocks.0.conv.\1"),
     (r"rpn_head\.rpn_cls\.(\w+)", r"rpn.logits.\1"),
@@ -239,6 +248,8 @@ def implied_options(state: dict[str, Tensor]) -> dict[str, object]:
         start = state.get("fpn.output.3.weight")
         if start is not None and c5 != fpn and "rpn.logits.weight" not in state:
             options["fpn_extra"] = "c5" if start.shape[1] == c5 else "p5"
+    if "init_conv.weight" in state:  # RepPoints, the one family with norms in the pyramid
+        options["fpn_group_norm"] = "fpn.output_norm.0.weight" in state
     blocks = [key for key in state if re.fullmatch(r"towers\.cls\.blocks\.\d+\.conv\.weight", key)]
     if blocks:
         options["tower_depth"] = len(blocks)

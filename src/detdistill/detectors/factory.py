@@ -13,6 +13,7 @@ from detdistill.detectors import cascade_rcnn as cascade_rcnn
 from detdistill.detectors import faster_rcnn as faster_rcnn
 from detdistill.detectors import fcos as fcos
 from detdistill.detectors import gfl as gfl
+from detdistill.detectors import reppoints as reppoints
 from detdistill.detectors import retinanet as retinanet
 from detdistill.detectors.backbone_weights import load_backbone
 from detdistill.detectors.base import FPNDetector

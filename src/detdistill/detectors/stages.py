@@ -70,7 +70,7 @@ class DenseHead(Protocol):
 
     Attributes:
         family: key of published settings, e.g. "gfl".
-        box_coding: "deltas" on anchors or "distribution" over distances.
+        box_coding: "deltas" on anchors, "distances" or a "distribution" of them, or "points".
         assignment_key: equal for heads whose `assign` gives equal results on equal pyramids.
     """
 
@@ -91,11 +91,14 @@ class DenseHead(Protocol):
     def head(self, pyramid: Pyramid, *, keep_pre_activation: bool = False) -> DenseOutput:
         """Towers, predictions and anchors of a pyramid."""
 
+    def towers_for(self, prediction: str) -> tuple[str, ...]:
+        """The branches that "cls", "box" or "quality" predictions are computed from."""
+
     def head_from(self, tower: Mapping[str, Sequence[Tensor]], depth: int) -> Predictions:
         """Resumes after `depth` tower blocks.
 
         `tower` maps a branch ("cls", "box") to its level maps at that depth, activated (depth 0:
-        the pyramid level). A branch that is left out leaves its predictions empty.
+        the pyramid level). Predictions that need a branch that is left out are empty.
         """
 
     def decode(self, boxes: Tensor, anchors: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -135,6 +136,48 @@ def assign_points(
     ]
     areas, matched = torch.cat(smallest, -1).min(1)
     return torch.where(areas.isfinite(), matched, BACKGROUND)
+
+
+def assign_nearest_point(
+    points: Sequence[Tensor],
+    valid: Tensor,
+    targets: Targets,
+    *,
+    strides: Sequence[int],
+    scale: float = 4.0,
+) -> Tensor:
+    """RepPoints' rule (arXiv 1904.11490 section 4.2): one point of one level per box.
+
+    The box's level is log2 of the mean of its sides in units of `scale`, the point the nearest to
+    its centre, measured in sides of the box. A point that several boxes want learns the one whose
+    centre is nearest, the earlier one where equal.
+
+    Args:
+        points: per level (H*W, 2) pixels.
+        valid: (B, P) bool; others are ignored and never the nearest.
+        targets: the ground truth, at least one slot per image.
+        strides: of the levels.
+        scale: side of a box that suits a stride of 1.
+
+    Returns:
+        (B, P) int64: index of the matched box, `BACKGROUND` or `IGNORED`.
+    """
+    boxes = targets.boxes[:, :, None]  # (B, N, 1, 4)
+    sides = (boxes[..., 2:] - boxes[..., :2]).clamp(min=1e-6)
+    # Published: the geometric mean of the sides, rounded towards zero after the logarithm.
+    level_of_box = (sides / scale).log2().mean(-1).trunc()
+    levels = [math.log2(stride) for stride in strides]
+    level_of_box = level_of_box.clamp(min(levels), max(levels))
+    level_of_point = torch.cat(
+        [boxes.new_full((len(p),), n) for p, n in zip(points, levels, strict=True)]
+    )
+    allowed = valid[:, None] & targets.present[:, :, None] & (level_of_box == level_of_point)
+    distance = ((torch.cat(list(points)) - centers_xy(boxes)) / sides).norm(dim=-1)
+    near, index = distance.masked_fill(~allowed, torch.inf).min(-1, keepdim=True)
+    wanted = torch.full_like(distance, torch.inf).scatter_(2, index, near)
+    best, matched = wanted.min(1)
+    matched = torch.where(best.isfinite(), matched, BACKGROUND)
+    return torch.where(valid, matched, IGNORED)
 
 
 def _fitting_areas(
