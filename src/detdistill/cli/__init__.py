@@ -12,7 +12,7 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
-from detdistill.cli import checks, studies, training, using
+from detdistill.cli import analysis, checks, studies, training, using
 from detdistill.errors import UserError
 
 
@@ -65,6 +65,7 @@ app.command("distill")(training.distill)
 app.command("compare")(studies.compare)
 app.command("eval")(using.evaluate)
 app.command("predict")(using.predict)
+app.command("analyze")(analysis.analyze)
 app.command("list")(using.list_names)
 _recipes = _group("Work with the bundled recipes.")
 _recipes.command("copy")(using.copy_recipe)

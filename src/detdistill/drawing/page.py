@@ -62,7 +62,20 @@ def panel_row(row: Sequence[Panel]) -> str:
             f"<strong>{html.escape(panel.title)}</strong> {html.escape(panel.caption)}"
             "</figcaption></figure>"
         )
-    return f'<div class="row">{"".join(cells)}</div>'
+    return f'<div class="row" style="--columns: {len(row)}">{"".join(cells)}</div>'
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Plain cells; the first column names the rows."""
+    head = "".join(f'<th scope="col">{html.escape(name)}</th>' for name in header)
+    body = "".join(
+        f'<tr><th scope="row">{html.escape(name)}</th>'
+        + "".join(f"<td>{html.escape(cell)}</td>" for cell in cells)
+        + "</tr>"
+        for name, *cells in rows
+    )
+    inner = f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+    return f'<div class="scroll" tabindex="0">{inner}</div>'
 
 
 def facts_list(facts: Mapping[str, str]) -> str:
