@@ -18,6 +18,7 @@ COMMANDS = [
     ("compare",),
     ("eval",),
     ("predict",),
+    ("analyze",),
     ("list",),
     ("fetch",),
     ("convert",),
