@@ -13,7 +13,12 @@ _HOMES = {
     "CrossKD": "detdistill.distill",
     "Detections": "detdistill.structures",
     "Distiller": "detdistill.distill",
+    "FeatureImitation": "detdistill.distill",
+    "PFI": "detdistill.distill",
     "PKD": "detdistill.distill",
+    "PredictionMimicking": "detdistill.distill",
+    "RM": "detdistill.distill",
+    "SoftLabel": "detdistill.distill",
     "UserError": "detdistill.errors",
     "create_detector": "detdistill.detectors",
     "create_method": "detdistill.distill",
@@ -32,18 +37,34 @@ if TYPE_CHECKING:
         load_detector,
         save_detector,
     )
-    from detdistill.distill import PKD, CrossKD, Distiller, create_method, list_methods
+    from detdistill.distill import (
+        PFI,
+        PKD,
+        RM,
+        CrossKD,
+        Distiller,
+        FeatureImitation,
+        PredictionMimicking,
+        SoftLabel,
+        create_method,
+        list_methods,
+    )
     from detdistill.errors import UserError
     from detdistill.evaluation import evaluate
     from detdistill.recipes import list_recipes
     from detdistill.structures import Batch, Detections
 
 __all__ = [
+    "PFI",
     "PKD",
+    "RM",
     "Batch",
     "CrossKD",
     "Detections",
     "Distiller",
+    "FeatureImitation",
+    "PredictionMimicking",
+    "SoftLabel",
     "UserError",
     "__version__",
     "create_detector",
