@@ -23,7 +23,6 @@ from detdistill.parts.losses import mean_over_processes
 from detdistill.registry import check_choice
 from detdistill.structures import rows_of_maps
 
-Score = Literal["prob", "logit"]
 PADDED = torch.finfo(torch.float32).min
 """Score of no candidate: no share in a softmax, but finite, so that an empty row has a gradient."""
 
@@ -50,7 +49,7 @@ class RM(Method):
         self,
         *,
         weight: float = 4.0,
-        score: Score = "prob",
+        score: Literal["prob", "logit"] = "prob",
         align: Literal["anchor", "sorted"] = "anchor",
         candidates: Literal["teacher", "student"] = "teacher",
         normalizer: Literal["batch", "image"] = "batch",
