@@ -11,14 +11,17 @@ __version__ = "0.1.0"
 _HOMES = {
     "Batch": "detdistill.structures",
     "CrossKD": "detdistill.distill",
+    "CrossKDRoI": "detdistill.distill",
     "Detections": "detdistill.structures",
     "Distiller": "detdistill.distill",
     "FeatureImitation": "detdistill.distill",
+    "HEAD": "detdistill.distill",
     "PFI": "detdistill.distill",
     "PKD": "detdistill.distill",
     "PredictionMimicking": "detdistill.distill",
     "RM": "detdistill.distill",
     "SoftLabel": "detdistill.distill",
+    "TFHEAD": "detdistill.distill",
     "UserError": "detdistill.errors",
     "create_detector": "detdistill.detectors",
     "create_method": "detdistill.distill",
@@ -38,10 +41,13 @@ if TYPE_CHECKING:
         save_detector,
     )
     from detdistill.distill import (
+        HEAD,
         PFI,
         PKD,
         RM,
+        TFHEAD,
         CrossKD,
+        CrossKDRoI,
         Distiller,
         FeatureImitation,
         PredictionMimicking,
@@ -55,11 +61,14 @@ if TYPE_CHECKING:
     from detdistill.structures import Batch, Detections
 
 __all__ = [
+    "HEAD",
     "PFI",
     "PKD",
     "RM",
+    "TFHEAD",
     "Batch",
     "CrossKD",
+    "CrossKDRoI",
     "Detections",
     "Distiller",
     "FeatureImitation",

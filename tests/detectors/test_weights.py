@@ -8,8 +8,7 @@ import torch
 
 from detdistill import UserError, create_detector, load_detector, save_detector
 from detdistill.detectors.checkpoints import MMDETECTION
-from detdistill.detectors.registry import FAMILIES
-from tests.helpers import narrow
+from tests.helpers import DENSE_R18, narrow
 
 
 @pytest.fixture
@@ -123,18 +122,35 @@ def test_every_misfit_is_listed_unless_allowed(tmp_path):
     assert torch.equal(loaded.state_dict()["logits.weight"], state["logits.weight"])
 
 
+REPPOINTS = {
+    "logits": "reppoints_cls_out",
+    "deform.cls": "reppoints_cls_conv",
+    "deform.box": "reppoints_pts_refine_conv",
+    "init_conv": "reppoints_pts_init_conv",
+    "init_points": "reppoints_pts_init_out",
+    "refined_points": "reppoints_pts_refine_out",
+    "moment_transfer": "moment_transfer",
+}
+
+
 def to_mmdetection(state, family):
     """The inverse of the published table, for a round trip."""
     import re
 
-    prefix = {"gfl": "gfl_", "retinanet": "retina_", "atss": "atss_", "fcos": "conv_"}[family]
+    prefixes = {"retinanet": "retina_", "fcos": "conv_", "reppoints": "reppoints_"}
+    prefix = prefixes.get(family, f"{family}_")
     renamed = {}
     for name, tensor in state.items():
         name = name.replace("backbone.body.", "backbone.")
         name = re.sub(r"fpn\.lateral\.(\d)", r"neck.lateral_convs.\1.conv", name)
         name = re.sub(r"fpn\.output\.(\d)", r"neck.fpn_convs.\1.conv", name)
+        name = re.sub(r"fpn\.lateral_norm\.(\d)", r"neck.lateral_convs.\1.gn", name)
+        name = re.sub(r"fpn\.output_norm\.(\d)", r"neck.fpn_convs.\1.gn", name)
         name = name.replace("towers.cls.blocks", "bbox_head.cls_convs")
         name = name.replace("towers.box.blocks", "bbox_head.reg_convs").replace(".norm.", ".gn.")
+        if family == "reppoints":
+            for ours, theirs in REPPOINTS.items():
+                name = re.sub(f"^{ours}", f"bbox_head.{theirs}", name)
         name = re.sub(r"^logits", f"bbox_head.{prefix}cls", name)
         name = re.sub(r"^quality", f"bbox_head.{prefix}centerness", name)
         name = re.sub(r"^(deltas|distances|distributions)", f"bbox_head.{prefix}reg", name)
@@ -142,7 +158,7 @@ def to_mmdetection(state, family):
     return renamed
 
 
-@pytest.mark.parametrize("family", FAMILIES.names())
+@pytest.mark.parametrize("family", [name.removesuffix("_r18") for name in DENSE_R18])
 @pytest.mark.parametrize("extra", ["c5", "p5"])
 def test_mmdetection_keys_and_shapes_say_the_options(family, extra, tmp_path):
     detector = narrow(f"{family}_r18", 5, fpn_extra=extra, tower_depth=2)

@@ -44,3 +44,5 @@ def spread_predictions(*models):
             for name, parameter in model.named_parameters():
                 if parameter.dim() == 4 and not name.startswith(("backbone.", "fpn.")):
                     parameter.normal_(std=0.1)
+                elif name == "init_points.bias":  # RepPoints' first boxes: 5 strides wide
+                    parameter.normal_(std=2.5)

@@ -19,6 +19,7 @@ from tests.reference import synthetic_checkpoint as synthetic
 FOLDER = Path(__file__).parent
 CASES = ["two", "one_empty", "all_empty"]
 DETECTORS = ["gfl_r50", "gfl_r101", "retinanet_r50", "atss_r50", "fcos_r50_caffe_gn"]
+TWO_STAGE = ["faster_rcnn_r50", "cascade_rcnn_r50"]
 PAIRS = {
     "crosskd_gfl_r50_r101": ("gfl_r50", "gfl_r101"),
     "crosskd_retinanet_r50_r101": ("retinanet_r50", "retinanet_r101"),
@@ -27,6 +28,14 @@ PAIRS = {
     "crosskd_pkd_gfl_r50_r101": ("gfl_r50", "gfl_r101"),
 }
 FCOS_WITHOUT_BOXES = ("crosskd_fcos_r50_r101", "all_empty")
+TWO_STAGE_TERMS = {
+    "loss_rpn_cls": "task/rpn_cls",
+    "loss_rpn_bbox": "task/rpn_box",
+    "loss_cls": "task/cls",
+    "loss_bbox": "task/box",
+    **{f"s{i}.loss_cls": f"task/cls_{i + 1}" for i in range(3)},
+    **{f"s{i}.loss_bbox": f"task/box_{i + 1}" for i in range(3)},
+}
 TERMS = {
     "loss_cls": "task/cls",
     "loss_bbox": "task/box",
@@ -114,14 +123,15 @@ def assert_sampled(key, tensors, wanted):
         assert error <= 1e-3 * wanted[f"{key}{level}.stat"][1], (key, level)
 
 
-@pytest.mark.parametrize("name", DETECTORS)
+@pytest.mark.parametrize("name", [*DETECTORS, *TWO_STAGE])
 def test_outputs_and_detections(load, name):
     detector, wanted = load(name, None, name).eval(), samples(name)
     with torch.no_grad():
         output = run(detector)
     assert_sampled("fpn", output.pyramid, wanted)
-    assert_sampled("logits", output.predictions.logits, wanted)
-    assert_sampled("boxes", output.predictions.boxes, wanted)
+    logits, boxes = ("rpn_logits", "rpn_deltas") if name in TWO_STAGE else ("logits", "boxes")
+    assert_sampled(logits, output.predictions.logits, wanted)
+    assert_sampled(boxes, output.predictions.boxes, wanted)
     assert_sampled("centerness", output.predictions.quality or [], wanted)
     for i, found in enumerate(detector.detect(output, synthetic.SIZES_HW)):
         assert len(found) == len(wanted[f"det{i}.scores"])
@@ -139,6 +149,29 @@ def test_losses_and_gradients(load, name, case):
     sum(losses.values()).backward()
     assert_losses(losses, facts)
     assert_gradients(detector, facts["grad_norm"])
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("name", TWO_STAGE)
+def test_losses_of_random_samples(load, name, case):
+    """Terms that depend on the positives alone, all of which are taken, are equal.
+
+    The published draw of the others lies among ours.
+    """
+    detector, facts = load(name, None, name).train(), manifest(name)["cases"][case]
+    targets = batch(case).padded_targets()
+    torch.manual_seed(0)
+    with torch.no_grad():
+        output = run(detector)
+        draws = [detector.loss(output, targets) for _ in range(6)]
+    published = {TWO_STAGE_TERMS[k]: v for k, v in facts["losses"].items() if "acc" not in k}
+    assert set(published) == set(draws[0])
+    for term, value in published.items():
+        found = torch.stack([draw[term] for draw in draws])
+        if term in ("task/rpn_box", "task/box", "task/box_1"):
+            assert found.tolist() == pytest.approx([value] * len(draws), rel=1e-4), term
+        else:
+            assert abs(value - found.mean()) <= 4 * found.std() + 1e-9, term
 
 
 def distiller_of(load, monkeypatch, name, **options):

@@ -8,10 +8,13 @@ from typing import Any
 import timm
 
 from detdistill.detectors import atss as atss  # each import files a family in the registry
+from detdistill.detectors import cascade_rcnn as cascade_rcnn
+from detdistill.detectors import faster_rcnn as faster_rcnn
 from detdistill.detectors import fcos as fcos
 from detdistill.detectors import gfl as gfl
+from detdistill.detectors import reppoints as reppoints
 from detdistill.detectors import retinanet as retinanet
-from detdistill.detectors.dense import DenseDetector
+from detdistill.detectors.base import FPNDetector
 from detdistill.detectors.registry import BACKBONES, FAMILIES
 from detdistill.errors import UserError
 from detdistill.registry import checked_keywords, nearest
@@ -22,7 +25,7 @@ GROUP_NORM = "_gn"
 def list_detectors(pattern: str = "*") -> list[str]:
     """Names that `create_detector` takes, e.g. for the pattern "gfl*".
 
-    Beside these, any timm backbone with maps at strides 8, 16 and 32 joins by
+    Beside these, any timm backbone with maps at strides 8, 16 and 32 (two-stage: 4 too) joins by
     `create_detector("gfl", ..., backbone="mobilenetv3_large_100")`.
     """
     names = [
@@ -34,7 +37,7 @@ def list_detectors(pattern: str = "*") -> list[str]:
     return [name for name in names if fnmatch(name, pattern)]
 
 
-def create_detector(name: str, num_classes: int, **options: Any) -> DenseDetector:
+def create_detector(name: str, num_classes: int, **options: Any) -> FPNDetector:
     """Builds a detector with fresh weights.
 
     Args:
@@ -50,7 +53,7 @@ def create_detector(name: str, num_classes: int, **options: Any) -> DenseDetecto
     family, options = split_name(name, options)
     keywords = checked_keywords(f"detector {family!r}", FAMILIES.get(family), options)
     detector = FAMILIES.get(family)(num_classes, **keywords)
-    assert isinstance(detector, DenseDetector)
+    assert isinstance(detector, FPNDetector)
     detector.name, detector.options = name, keywords
     return detector
 

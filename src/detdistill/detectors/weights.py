@@ -71,7 +71,7 @@ def save_detector(
 
 def load_detector(
     name: str | Path, path: str | Path | None = None, *, strict: bool = True, **options: Any
-) -> DenseDetector:
+) -> FPNDetector:
     """A detector with the weights of a file.
 
     Args:
@@ -126,7 +126,7 @@ def _read_facts(path: Path) -> Facts:
 
 def _load_own(
     file: Path, facts: Facts, wanted: str | None, strict: bool, options: dict[str, Any]
-) -> DenseDetector:
+) -> FPNDetector:
     if wanted is not None and wanted != facts.detector:
         raise UserError(f"{file} holds {facts.detector}, not {wanted}; leave the name out")
     given = {**facts.options, "pretrained": False, **options}
@@ -173,13 +173,16 @@ def _unreadable(file: Path, error: Exception) -> UserError:
 
 
 def _count_classes(state: dict[str, Tensor], name: str, file: Path) -> int:
-    if "logits.bias" not in state or state["logits.bias"].dim() != 1:
+    detector = create_detector(name, 1, fpn_channels=8)
+    key = "logits.bias" if isinstance(detector, DenseDetector) else "roi_heads.0.logits.bias"
+    if key not in state or state[key].dim() != 1:
         raise UserError(f"{file}: these are not the weights of {name}: {_few(list(state))}")
-    anchors = create_detector(name, 1, fpn_channels=8, tower_channels=8).grid.per_location
-    return max(1, len(state["logits.bias"]) // anchors)
+    if isinstance(detector, DenseDetector):
+        return max(1, len(state[key]) // detector.grid.per_location)
+    return max(1, len(state[key]) - 1)
 
 
-def _fill(detector: DenseDetector, state: dict[str, Tensor], file: Path, strict: bool) -> None:
+def _fill(detector: FPNDetector, state: dict[str, Tensor], file: Path, strict: bool) -> None:
     own = detector.state_dict()
     faults = [f"missing {k}" for k in own if k not in state]
     faults += [f"left over {k}" for k in state if k not in own]

@@ -105,8 +105,7 @@ class CrossKD(Method):
         self._choose_depths(student, teacher, published_for(teacher).depth)
         self.loss.settle(teacher, predictor=teacher)
         self.weights = self.loss.weights
-        tower = teacher.quality_tower
-        towers = [str(tower) if term == "quality" else term for term in self.weights]
+        towers = [branch for term in self.weights for branch in teacher.towers_for(term)]
         self.branches = list(dict.fromkeys(towers))
         assert self.student_depth is not None and self.depth is not None
         for branch in self.branches:

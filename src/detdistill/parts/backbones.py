@@ -18,7 +18,7 @@ BATCH_NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm)
 
 
 class Backbone(nn.Module):
-    """A timm feature extractor that returns the maps at strides 8, 16 and 32 (C3, C4, C5).
+    """A timm feature extractor that returns the maps at some strides, by default C3, C4, C5.
 
     Args:
         name: any timm model with feature maps at these strides; a ResNet's name with `_caffe` is
@@ -28,6 +28,7 @@ class Backbone(nn.Module):
         frozen_stages: 0 trains everything, n freezes the stem and the first n stages.
         norm_eval: BatchNorm keeps its stored statistics while training; in a caffe-style network
             its factors and offsets get no gradient either, as published.
+        strides: of the maps.
 
     Attributes:
         caffe: whether it is caffe-style and takes BGR.
@@ -41,20 +42,23 @@ class Backbone(nn.Module):
         base_channels: int = 64,
         frozen_stages: int = 0,
         norm_eval: bool = False,
+        strides: tuple[int, ...] = STRIDES,
     ) -> None:
         """Builds the network; `UserError` where the name or the combination makes none."""
         super().__init__()
         self.frozen_stages, self.norm_eval = frozen_stages, norm_eval
         self.caffe = name.endswith(CAFFE)
-        self.body = _create(name.removesuffix(CAFFE), pretrained and not self.caffe, base_channels)
+        self.body = _create(
+            name.removesuffix(CAFFE), pretrained and not self.caffe, base_channels, strides
+        )
         if self.caffe:
             _stride_first(self.body, name, pretrained)
         reductions = list(self.body.feature_info.reduction())
         self.channels: list[int] = list(self.body.feature_info.channels())
-        if tuple(reductions) != STRIDES:
+        if tuple(reductions) != strides:
             raise UserError(
                 f"backbone {name!r} has feature maps at strides {reductions}, a pyramid needs "
-                f"8, 16 and 32; choose another timm model"
+                f"{', '.join(map(str, strides[:-1]))} and {strides[-1]}; choose another timm model"
             )
         self._freeze()
 
@@ -85,20 +89,20 @@ class Backbone(nn.Module):
         return self
 
     def forward(self, images: Tensor) -> list[Tensor]:
-        """Normalised images (B, 3, H, W) to the maps [C3, C4, C5], each (B, C, H/s, W/s)."""
+        """Normalised images (B, 3, H, W) to the maps, fine to coarse, each (B, C, H/s, W/s)."""
         return cast(list[Tensor], self.body(images))
 
 
-def _create(name: str, pretrained: bool, base_channels: int) -> Any:
+def _create(name: str, pretrained: bool, base_channels: int, strides: tuple[int, ...]) -> Any:
     if not timm.is_model(name):
         close = timm.list_models(f"*{name}*")[:3]
         hint = f"; did you mean {', '.join(close)}?" if close else "; see timm.list_models()"
         raise UserError(f"timm knows no backbone {name!r}{hint}")
     if base_channels != 64:
-        return _narrow_resnet(name, pretrained, base_channels)
+        return _narrow_resnet(name, pretrained, base_channels, strides)
     try:
         levels: Any = timm.create_model(name, features_only=True, pretrained=False).feature_info
-        wanted = [i for i, r in enumerate(levels.reduction()) if r in STRIDES]
+        wanted = [i for i, r in enumerate(levels.reduction()) if r in strides]
         return timm.create_model(
             name, features_only=True, pretrained=pretrained, out_indices=tuple(wanted)
         )
@@ -123,7 +127,9 @@ def _stride_first(body: Any, name: str, pretrained: bool) -> None:
             module.conv1.stride, module.conv2.stride = module.conv2.stride, module.conv1.stride
 
 
-def _narrow_resnet(name: str, pretrained: bool, base_channels: int) -> Any:
+def _narrow_resnet(
+    name: str, pretrained: bool, base_channels: int, strides: tuple[int, ...]
+) -> Any:
     """A ResNet whose stem and stages are base_channels/64 as wide."""
     if name not in PLAIN_RESNETS:
         raise UserError(
@@ -133,7 +139,8 @@ def _narrow_resnet(name: str, pretrained: bool, base_channels: int) -> Any:
     if pretrained:
         raise UserError(f"there are no pretrained weights for base_channels={base_channels}")
     widths = tuple(width * base_channels // 64 for width in RESNET_WIDTHS)
-    body = timm.create_model(name, features_only=True, channels=widths, out_indices=(2, 3, 4))
+    wanted = tuple(i for i in range(5) if 2 ** (i + 1) in strides)
+    body = timm.create_model(name, features_only=True, channels=widths, out_indices=wanted)
     _narrow_stem(body, base_channels)
     return body
 
