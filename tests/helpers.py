@@ -1,15 +1,37 @@
 """Small detectors and batches that tests share."""
 
+import inspect
+
 import torch
 
 from detdistill import Batch, create_detector
+from detdistill.detectors.dense import DenseDetector
+from detdistill.detectors.factory import split_name
+from detdistill.detectors.registry import FAMILIES
+from detdistill.parts.backbones import PLAIN_RESNETS
 
-NARROW = {"base_channels": 8, "fpn_channels": 16, "tower_channels": 16}
+NARROW = {"base_channels": 8, "fpn_channels": 16}
+FAMILIES_R18 = [f"{family}_r18" for family in FAMILIES.names()]
+DENSE_R18 = [
+    name for name in FAMILIES_R18 if issubclass(FAMILIES.get(name[: -len("_r18")]), DenseDetector)
+]
+TWO_STAGE_R18 = [name for name in FAMILIES_R18 if name not in DENSE_R18]
+NARROW_HEADS = {"tower_channels": 16, "roi_channels": 32}
+
+
+def narrow_options(name):
+    """`NARROW` and the width of the head that the named detector has; only ResNets narrow."""
+    family, options = split_name(name, {})
+    known = inspect.signature(FAMILIES.get(family)).parameters
+    widths = {**NARROW, **{key: width for key, width in NARROW_HEADS.items() if key in known}}
+    if options.get("backbone", "resnet18").removesuffix("_caffe") not in PLAIN_RESNETS:
+        del widths["base_channels"]
+    return widths
 
 
 def narrow(name="gfl_r18", num_classes=3, seed=0, **options):
     torch.manual_seed(seed)
-    return create_detector(name, num_classes, **{**NARROW, **options})
+    return create_detector(name, num_classes, **{**narrow_options(name), **options})
 
 
 def make_batch(counts=(2, 1), size=(64, 96), num_classes=3, seed=0):

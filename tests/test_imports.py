@@ -38,9 +38,9 @@ BASE_MAY_IMPORT = {
 # `parts` (FPN, towers, assigners, losses), `boxes`, `structures`, the learning rate in `optim`.
 STEP = [
     "engine/train.py",
-    "engine/run.py",
     "data/loader.py",
     "data/transforms.py",
+    "detectors/base.py",
     "detectors/dense.py",
     "detectors/gfl.py",
     "distill/distiller.py",

@@ -11,10 +11,14 @@ __version__ = "0.1.0"
 _HOMES = {
     "Batch": "detdistill.structures",
     "CrossKD": "detdistill.distill",
+    "CrossKDRoI": "detdistill.distill",
     "Detections": "detdistill.structures",
     "Distiller": "detdistill.distill",
+    "HEAD": "detdistill.distill",
     "PKD": "detdistill.distill",
+    "TFHEAD": "detdistill.distill",
     "UserError": "detdistill.errors",
+    "as_detector": "detdistill.detectors",
     "create_detector": "detdistill.detectors",
     "create_method": "detdistill.distill",
     "evaluate": "detdistill.evaluation",
@@ -27,25 +31,39 @@ _HOMES = {
 
 if TYPE_CHECKING:
     from detdistill.detectors import (
+        as_detector,
         create_detector,
         list_detectors,
         load_detector,
         save_detector,
     )
-    from detdistill.distill import PKD, CrossKD, Distiller, create_method, list_methods
+    from detdistill.distill import (
+        HEAD,
+        PKD,
+        TFHEAD,
+        CrossKD,
+        CrossKDRoI,
+        Distiller,
+        create_method,
+        list_methods,
+    )
     from detdistill.errors import UserError
     from detdistill.evaluation import evaluate
     from detdistill.recipes import list_recipes
     from detdistill.structures import Batch, Detections
 
 __all__ = [
+    "HEAD",
     "PKD",
+    "TFHEAD",
     "Batch",
     "CrossKD",
+    "CrossKDRoI",
     "Detections",
     "Distiller",
     "UserError",
     "__version__",
+    "as_detector",
     "create_detector",
     "create_method",
     "evaluate",

@@ -1,4 +1,4 @@
-"""The one exception that a user is meant to read."""
+"""The one exception that a user is meant to read, and the one warning."""
 
 
 class UserError(ValueError):
@@ -7,3 +7,7 @@ class UserError(ValueError):
     The command line prints the sentence alone and exits with code 2; library callers catch it as a
     `ValueError`.
     """
+
+
+class UserNotice(UserWarning):
+    """What was done otherwise than a user may think, told in one sentence."""

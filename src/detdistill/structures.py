@@ -1,7 +1,7 @@
 """The typed records that travel between the stages of a detector.
 
 Letters used for shapes everywhere: B images, L levels, A anchors per location, K classes,
-C channels, H x W the map of a level, P = sum over levels of H*W*A, N ground-truth boxes.
+C channels, H x W the map of a level, P = sum over levels of H*W*A, N ground-truth boxes, R RoIs.
 Boxes are `xyxy` in pixels of the padded batch unless a name says otherwise.
 """
 
@@ -15,6 +15,8 @@ from torch import Tensor
 
 IGNORE = -1
 """Label of a ground-truth slot that is padding, and of an anchor that nobody learns from."""
+GROUND_TRUTH = -1
+"""Level in `Proposals.origin` of a box that came from no level."""
 
 
 @dataclass(frozen=True)
@@ -200,6 +202,66 @@ class Assignment:
     matched: Tensor
     num_positive: Tensor
     quality: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Proposals:
+    """Boxes that an RoI head looks at, lists over the images of a batch; without gradient.
+
+    Attributes:
+        boxes_xyxy: (R, 4) float32, pixels of the padded batch.
+        scores: (R,) float32, 0..1: how much of an object; 1 for ground truth.
+        origin: (R, 4) int64: pyramid level, y, x and anchor that each box came from; the level is
+            `GROUND_TRUTH` for a ground-truth box among the sampled ones.
+        labels: (R,) int64, 0..K-1, K for background; None before sampling.
+        matched_boxes: (R, 4) the ground truth to learn, zeros for background; None before sampling.
+    """
+
+    boxes_xyxy: list[Tensor]
+    scores: list[Tensor]
+    origin: list[Tensor]
+    labels: list[Tensor] | None = None
+    matched_boxes: list[Tensor] | None = None
+
+    @property
+    def from_truth(self) -> list[Tensor]:
+        """(R,) bool per image: which boxes are the ground truth itself."""
+        return [origin[:, 0] == GROUND_TRUTH for origin in self.origin]
+
+    @property
+    def image_index(self) -> Tensor:
+        """(R of all images,) int64: the image of each box, in the order of `RoIOutput`."""
+        return torch.cat(
+            [origin.new_full((len(origin),), i) for i, origin in enumerate(self.origin)]
+        )
+
+
+@dataclass(frozen=True)
+class RoIOutput:
+    """What an RoI head computed for `Proposals`: the RoIs of all images, one after another.
+
+    Attributes:
+        features: (R, C) per shared fully connected layer, AFTER its activation.
+        logits: (R, K+1) before the softmax, background last.
+        boxes: (R, 4*K) deltas, class-major, or (R, 4) where all classes share them.
+    """
+
+    features: list[Tensor]
+    logits: Tensor
+    boxes: Tensor
+
+
+@dataclass(frozen=True)
+class TwoStageAssignment:
+    """Who learns what in a two-stage detector.
+
+    Attributes:
+        dense: of the RPN's anchors; its only class is "object".
+        rois: the sampled proposals with what they learn.
+    """
+
+    dense: Assignment
+    rois: Proposals
 
 
 @dataclass(frozen=True)

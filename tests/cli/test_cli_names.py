@@ -20,6 +20,8 @@ COMMANDS = [
     ("predict",),
     ("analyze",),
     ("list",),
+    ("fetch",),
+    ("convert",),
     ("recipe",),
     ("recipe", "copy"),
     ("data", "builtin"),

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from detdistill import UserError, create_detector, load_detector, save_detector
-from detdistill.detectors.checkpoints import MMDETECTION
-from detdistill.detectors.registry import FAMILIES
-from tests.helpers import narrow
+from detdistill.detectors.checkpoints import MMDETECTION, to_mmdetection_state
+from detdistill.errors import UserNotice
+from tests.helpers import DENSE_R18, FAMILIES_R18, narrow
 
 
 @pytest.fixture
@@ -119,43 +119,84 @@ def test_every_misfit_is_listed_unless_allowed(tmp_path):
     options = {"base_channels": 8, "fpn_channels": 16, "tower_channels": 16}
     with pytest.raises(UserError, match=r"missing scales\.0\.scale; left over extra"):
         load_detector("gfl_r18", file, **options)
-    loaded = load_detector("gfl_r18", file, strict=False, **options)
+    with pytest.warns(UserNotice, match=r"in 2 tensors: missing .*; left over extra; these were"):
+        loaded = load_detector("gfl_r18", file, strict=False, **options)
     assert torch.equal(loaded.state_dict()["logits.weight"], state["logits.weight"])
 
 
-def to_mmdetection(state, family):
-    """The inverse of the published table, for a round trip."""
-    import re
-
-    prefix = {"gfl": "gfl_", "retinanet": "retina_", "atss": "atss_", "fcos": "conv_"}[family]
-    renamed = {}
-    for name, tensor in state.items():
-        name = name.replace("backbone.body.", "backbone.")
-        name = re.sub(r"fpn\.lateral\.(\d)", r"neck.lateral_convs.\1.conv", name)
-        name = re.sub(r"fpn\.output\.(\d)", r"neck.fpn_convs.\1.conv", name)
-        name = name.replace("towers.cls.blocks", "bbox_head.cls_convs")
-        name = name.replace("towers.box.blocks", "bbox_head.reg_convs").replace(".norm.", ".gn.")
-        name = re.sub(r"^logits", f"bbox_head.{prefix}cls", name)
-        name = re.sub(r"^quality", f"bbox_head.{prefix}centerness", name)
-        name = re.sub(r"^(deltas|distances|distributions)", f"bbox_head.{prefix}reg", name)
-        renamed[re.sub(r"^scales", "bbox_head.scales", name)] = tensor
-    return renamed
-
-
-@pytest.mark.parametrize("family", FAMILIES.names())
+@pytest.mark.parametrize("family", [name.removesuffix("_r18") for name in DENSE_R18])
 @pytest.mark.parametrize("extra", ["c5", "p5"])
 def test_mmdetection_keys_and_shapes_say_the_options(family, extra, tmp_path):
     detector = narrow(f"{family}_r18", 5, fpn_extra=extra, tower_depth=2)
-    state = to_mmdetection(detector.state_dict(), family)
-    if family == "gfl":
-        state["bbox_head.integral.project"] = torch.arange(17.0)
+    state = to_mmdetection_state(detector)
+    assert all(key.startswith(("backbone.", "neck.", "bbox_head.")) for key in state)
     torch.save({"meta": {"epoch": 12}, "state_dict": state}, tmp_path / "published.pth")
     loaded = load_detector(f"{family}_r18", tmp_path / "published.pth")
     assert loaded.num_classes == 5
     assert (loaded.options["frozen_stages"], loaded.options["norm_eval"]) == (1, True)
     for name, tensor in detector.state_dict().items():
         assert torch.equal(loaded.state_dict()[name], tensor), name
-    assert len(MMDETECTION) == len({pattern for pattern, _ in MMDETECTION})
+    assert len(MMDETECTION) == len({pattern for pattern, *_ in MMDETECTION})
+
+
+OTHER_BACKBONES = ["r18_caffe", "mobilenetv2", "mobilenetv2_head", "swin_t"]
+
+
+@pytest.mark.parametrize("name", [*FAMILIES_R18, *(f"retinanet_{b}" for b in OTHER_BACKBONES)])
+def test_round_trip_over_mmdetections_names(name, tmp_path):
+    detector = narrow(name)
+    state = to_mmdetection_state(detector)
+    torch.save(state, tmp_path / "theirs.pth")
+    back = to_mmdetection_state(load_detector(name, tmp_path / "theirs.pth"))
+    assert back.keys() == state.keys()
+    for key, tensor in state.items():
+        assert torch.equal(back[key], tensor), key
+
+
+def test_no_names_for_other_backbones():
+    for backbone in ("mobilenetv3_small_050", "resnet18d"):
+        detector = create_detector("gfl", 2, backbone=backbone, fpn_channels=8, tower_channels=8)
+        with pytest.raises(UserError, match=f"MMDetection has no backbone '{backbone}'"):
+            to_mmdetection_state(detector)
+
+
+HEADS_HELPERS = {
+    "roi_head.bbox_head.shared_fcs.0.weight": torch.zeros(4, 4),
+    "roi_head.bbox_head.fc_cls.bias": torch.zeros(4),
+    "adapts.akd_first_fc.weight": torch.zeros(4, 4),
+}
+
+
+@pytest.mark.parametrize("family", ["retinanet", "fcos"])
+def test_heads_student_leaves_its_assistant(family, tmp_path):
+    detector = narrow(f"{family}_r18", 3)
+    state = to_mmdetection_state(detector)
+    state = {key.replace("bbox_head.", "rpn_head."): v for key, v in state.items()}
+    torch.save({"state_dict": {**state, **HEADS_HELPERS}}, tmp_path / "head.pth")
+    with pytest.warns(UserNotice, match=r"left out: 3 tensors .*\(adapts, roi_head\)") as notices:
+        loaded = load_detector(f"{family}_r18", tmp_path / "head.pth")
+    assert notices[0].filename == __file__
+    for name, tensor in detector.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], tensor), name
+
+
+def test_crosskds_student_leaves_its_teacher(tmp_path):
+    student, teacher = narrow("gfl_r18", seed=1), narrow("gfl_r34", seed=2)
+    state = to_mmdetection_state(student)
+    state |= {f"teacher.{key}": v for key, v in to_mmdetection_state(teacher).items()}
+    torch.save({"state_dict": state}, tmp_path / "crosskd.pth")
+    with pytest.warns(UserNotice, match=r"student alone is loaded.*\(teacher\)"):
+        loaded = load_detector("gfl_r18", tmp_path / "crosskd.pth")
+    for name, tensor in student.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], tensor), name
+
+
+def test_files_without_batch_norm_counters_load(tmp_path):
+    state = to_mmdetection_state(narrow())
+    state = {k: v for k, v in state.items() if not k.endswith("num_batches_tracked")}
+    torch.save(state, tmp_path / "old.pth")
+    loaded = load_detector("gfl_r18", tmp_path / "old.pth")
+    assert torch.equal(loaded.logits.bias, state["bbox_head.gfl_cls.bias"])
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ from detdistill.parts.assigners import (
     IGNORED,
     assign_atss,
     assign_max_iou,
+    assign_nearest_point,
     assign_points,
 )
 from detdistill.structures import Batch
@@ -55,6 +56,20 @@ def test_max_iou_a_later_box_wins_a_forced_anchor():
     assert matched[0, 4] == 1
 
 
+def test_max_iou_without_forced_matches():
+    boxes = targets([[0, 0, 10, 10], [38, 38, 50, 50]])
+    for forced, wanted in ((0.0, 1), (0.01, 1), (0.1, BACKGROUND), (None, BACKGROUND)):
+        assert assign_max_iou(ANCHORS, ALL, boxes, forced=forced)[0, 4] == wanted
+
+
+def test_max_iou_with_anchors_of_each_image():
+    boxes = targets([[0, 0, 10, 10]], [[30, 30, 40, 40]])
+    both = torch.stack((ANCHORS, ANCHORS.flip(0)))
+    matched = assign_max_iou(both, ALL.expand(2, -1), boxes)
+    assert matched[0].tolist() == [0, IGNORED, 0, BACKGROUND, BACKGROUND]
+    assert matched[1].tolist() == [0, *[BACKGROUND] * 4]
+
+
 def test_max_iou_a_box_that_touches_no_anchor_takes_none():
     matched = assign_max_iou(ANCHORS, ALL, targets([[50, 50, 60, 60]]))
     assert (matched == BACKGROUND).all()
@@ -74,6 +89,13 @@ def test_images_of_a_batch_do_not_mix():
     for i, boxes in enumerate((one, two, [])):
         assert together[i].tolist() == assign_max_iou(ANCHORS, ALL, targets(boxes))[0].tolist()
     assert (together[2] == BACKGROUND).all()
+
+
+def test_max_iou_with_boxes_of_each_image():
+    shifted = torch.stack((ANCHORS, ANCHORS + 30))
+    both = targets([[0, 0, 10, 10]], [[30, 30, 40, 40]])
+    found = assign_max_iou(shifted, ALL.expand(2, -1), both)
+    assert found.tolist() == [[0, IGNORED, 0, BACKGROUND, BACKGROUND]] * 2
 
 
 def grid(stride, count, size):
@@ -163,3 +185,48 @@ def test_points_of_levels_and_images_do_not_mix():
     )
     no = BACKGROUND
     assert found.tolist() == [[no, 0, 0, no, 0], [no] * 5, [no, 1, 1, no, 0]]
+
+
+# Points at x = 0, 8, 16, 24 of stride 8 and x = 0, 16 of stride 16; y is 0.
+ROWS = [torch.tensor([[0.0, 0], [8, 0], [16, 0], [24, 0]]), torch.tensor([[0.0, 0], [16, 0]])]
+
+
+def by_nearest(*boxes, valid=None):
+    valid = torch.ones(1, 6, dtype=torch.bool) if valid is None else torch.tensor([valid])
+    [found] = assign_nearest_point(ROWS, valid, targets([*boxes]), strides=[8, 16]).tolist()
+    return found
+
+
+def test_nearest_point_is_one_per_box():
+    no = BACKGROUND
+    assert by_nearest([0, -8, 20, 8]) == [no, 0, no, no, no, no]  # centre 10, level 3
+    assert by_nearest() == [no] * 6
+
+
+def test_nearest_point_takes_the_level_that_suits_the_box():
+    no = BACKGROUND
+    # Mean of log2(side / 4): 3 for 32 x 32, 4 for 64 x 64, 3.98 (rounded to 3) for 63 x 63.
+    for side, level in ((32, 0), (63, 0), (64, 1), (2, 0), (500, 1)):
+        box = [16 - side / 2, -side / 2, 16 + side / 2, side / 2]
+        wanted = [no, no, 0, no, no, no] if level == 0 else [no, no, no, no, no, 0]
+        assert by_nearest(box) == wanted, side
+    # 16 x 128: log2 of the sides is 2 and 5, which makes 3.5 and level 3.
+    assert by_nearest([8, -64, 24, 64]) == [no, no, 0, no, no, no]
+
+
+def test_nearest_point_goes_to_the_nearest_box_in_units_of_its_sides():
+    no = BACKGROUND
+    small, large = [9, -8, 25, 8], [0, -15, 28, 15]  # centres 17 and 14
+    # 1 / 16 of the small box, 2 / 28 of the large one, in either order.
+    assert by_nearest(small, large) == [no, no, 0, no, no, no]
+    assert by_nearest(large, small) == [no, no, 1, no, no, no]
+    # Nearer in pixels, yet farther in sides.
+    assert by_nearest([9, -8, 25, 8], [-12, -24, 48, 24]) == [no, no, 1, no, no, no]
+    # Equally near: the earlier.
+    assert by_nearest(small, small) == [no, no, 0, no, no, no]
+
+
+def test_nearest_point_leaves_invalid_points_alone():
+    no, off = BACKGROUND, IGNORED
+    valid = [True, False, True, True, True, True]
+    assert by_nearest([0, -8, 20, 8], valid=valid) == [no, off, 0, no, no, no]

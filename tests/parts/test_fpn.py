@@ -1,9 +1,9 @@
-"""The pyramid's extra levels at the sizes where a map is one column wide."""
+"""The pyramids' levels, also at the sizes where a map is one column wide."""
 
 import pytest
 import torch
 
-from detdistill.parts.fpn import FPN
+from detdistill.parts.fpn import FPN, PooledFPN
 
 
 @pytest.mark.parametrize("height", [1, 2, 3])
@@ -31,3 +31,14 @@ def test_bfloat16_gradients_of_narrow_maps_equal_float32():
 
     for low, full in zip(gradient(True), gradient(False), strict=True):
         torch.testing.assert_close(low, full, rtol=0.03, atol=0.03)
+
+
+def test_the_pooled_pyramid_is_the_plain_one_and_every_second_place():
+    pooled, plain = PooledFPN([8, 8, 8, 8], 16), FPN([8, 8, 8, 8], 16, "p5")
+    plain.load_state_dict(pooled.state_dict(), strict=False)
+    features = [torch.randn(2, 8, 3 * s, 4 * s) for s in (8, 4, 2, 1)]
+    pyramid = pooled(features)
+    assert pyramid.strides == (4, 8, 16, 32, 64)
+    for level, own in zip(plain(features).levels[:4], pyramid, strict=False):
+        torch.testing.assert_close(level, own)
+    assert torch.equal(pyramid[4], pyramid[3][:, :, ::2, ::2])

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import shlex
 import sys
+import warnings
 from typing import Any
 
 import typer
 from typer.core import TyperGroup
 
-from detdistill.cli import analysis, checks, studies, training, using
-from detdistill.errors import UserError
+from detdistill.cli import analysis, checks, studies, training, using, weights
+from detdistill.errors import UserError, UserNotice
 
 
 class _Commands(TyperGroup):
@@ -22,7 +23,9 @@ class _Commands(TyperGroup):
     def invoke(self, ctx: Any) -> Any:
         """Runs the command; exit code 2 for bad input, 130 when interrupted."""
         try:
-            return super().invoke(ctx)
+            with warnings.catch_warnings():
+                _plain_notices()
+                return super().invoke(ctx)
         except UserError as error:
             if checks.is_first_here():
                 typer.echo(f"detdistill: {error}", err=True)
@@ -30,6 +33,20 @@ class _Commands(TyperGroup):
         except KeyboardInterrupt:
             typer.echo(f"\ndetdistill: {_how_to_continue(ctx.obj or [])}", err=True)
             raise typer.Exit(130) from None
+
+
+def _plain_notices() -> None:
+    """Notices as plain sentences on stderr; other warnings as Python shows them."""
+    show = warnings.showwarning
+
+    def tell(message: Any, category: Any, *place: Any) -> None:
+        if not issubclass(category, UserNotice):
+            show(message, category, *place)
+        elif checks.is_first_here():
+            typer.echo(f"detdistill: {message}", err=True)
+
+    warnings.simplefilter("always", UserNotice)
+    warnings.showwarning = tell  # type: ignore[assignment]
 
 
 def _how_to_continue(arguments: list[str]) -> str:
@@ -67,6 +84,8 @@ app.command("eval")(using.evaluate)
 app.command("predict")(using.predict)
 app.command("analyze")(analysis.analyze)
 app.command("list")(using.list_names)
+app.command("fetch")(weights.fetch)
+app.command("convert")(weights.convert)
 _recipes = _group("Work with the bundled recipes.")
 _recipes.command("copy")(using.copy_recipe)
 _recipes.callback()(lambda: None)  # keeps `copy` a command of its own although it is the only one

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -129,11 +129,11 @@ def _missing_teacher(teacher: str) -> str:
     return f"--teacher {teacher}: no such run folder or weights file"
 
 
-def need_teacher(methods: Iterable[str]) -> bool:
-    """Whether any of the methods learns from a teacher."""
-    from detdistill.distill import METHODS
+def need_teacher(methods: Mapping[str, Mapping[str, Any]]) -> bool:
+    """Whether any of the methods, with its options, learns from a teacher."""
+    from detdistill.distill import create_method
 
-    return any(METHODS.get(name).needs_teacher for name in methods)
+    return any(create_method(name, **options).needs_teacher for name, options in methods.items())
 
 
 def parse_methods(text: str, configured: dict[str, Any]) -> dict[str, dict[str, Any]]:

@@ -33,6 +33,7 @@ class Kind(StrEnum):
     detectors = "detectors"
     methods = "methods"
     recipes = "recipes"
+    checkpoints = "checkpoints"
 
 
 def evaluate(
@@ -121,7 +122,7 @@ def list_names(
     kind: Annotated[Kind, typer.Argument(help="What to list.")],
     pattern: Annotated[str, typer.Argument(help="For instance 'gfl*'.")] = "*",
 ) -> None:
-    """List detectors, methods or recipes."""
+    """List detectors, methods, recipes or published checkpoints."""
     names, following = _names(kind, pattern)
     if not names:
         raise UserError(f"no name among the {kind.value} matches {pattern!r}")
@@ -144,9 +145,29 @@ def _names(kind: Kind, pattern: str) -> tuple[list[str], str]:
         return matching(list_methods(), pattern), (
             "detdistill distill --teacher RUN --student NAME --method NAME --data FOLDER --out RUN"
         )
+    if kind is Kind.checkpoints:
+        return _checkpoints(pattern), "detdistill fetch NAME"
     from detdistill.detectors import list_detectors
 
     return list_detectors(pattern), "detdistill train --detector NAME --data FOLDER --out RUN"
+
+
+def _checkpoints(pattern: str) -> list[str]:
+    """A line each: name, detector, published AP, what it is, its file or why there is none."""
+    from detdistill.detectors.zoo import list_checkpoints
+    from detdistill.study.table import aligned
+
+    rows = [
+        [
+            c.name,
+            c.detector,
+            "AP -" if c.ap is None else f"AP {c.ap}",
+            c.role,
+            c.file or "(address not verified)",
+        ]
+        for c in list_checkpoints(pattern)
+    ]
+    return aligned(rows).splitlines() if rows else []
 
 
 def copy_recipe(

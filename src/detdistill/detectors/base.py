@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor, nn
 
 from detdistill.detectors.inference import predict_image
 from detdistill.errors import UserError
-from detdistill.parts.backbones import Backbone
-from detdistill.parts.fpn import FPN, ExtraFrom
+from detdistill.parts.backbones import STRIDES, Backbone
+from detdistill.parts.fpn import FPN, ExtraFrom, PooledFPN
 from detdistill.structures import (
-    Assignment,
     Batch,
     DenseOutput,
     Detections,
@@ -40,7 +39,9 @@ class FPNDetector(nn.Module):
         frozen_stages: backbone stages without training.
         norm_eval: BatchNorm on stored statistics while training.
         fpn_channels: channels of the pyramid.
-        fpn_extra: where the coarse levels start.
+        fpn_extra: where the two coarse levels P6 and P7 start; "pool" makes a pyramid of P2..P6,
+            the last by pooling.
+        fpn_group_norm: GroupNorm in the pyramid.
     """
 
     family: str
@@ -48,6 +49,7 @@ class FPNDetector(nn.Module):
     caffe_mean = IMAGENET_MEAN  # RGB here, although caffe-style networks take BGR
     suffixes: tuple[str, ...] = ()  # of listed names, beside none
     relu_before_extra = False  # between the coarse levels of the pyramid
+    strides: tuple[int, ...]
     pixel_mean: Tensor
     pixel_std: Tensor
 
@@ -61,7 +63,8 @@ class FPNDetector(nn.Module):
         frozen_stages: int,
         norm_eval: bool,
         fpn_channels: int,
-        fpn_extra: ExtraFrom,
+        fpn_extra: ExtraFrom | Literal["pool"],
+        fpn_group_norm: bool = False,
     ) -> None:
         """Builds backbone and pyramid."""
         super().__init__()
@@ -78,8 +81,16 @@ class FPNDetector(nn.Module):
             base_channels=base_channels,
             frozen_stages=frozen_stages,
             norm_eval=norm_eval,
+            strides=(4, *STRIDES) if fpn_extra == "pool" else STRIDES,
         )
-        self.fpn = FPN(self.backbone.channels, fpn_channels, fpn_extra, self.relu_before_extra)
+        channels = self.backbone.channels
+        self.fpn: FPN | PooledFPN
+        if fpn_extra == "pool":
+            self.fpn = PooledFPN(channels, fpn_channels)
+        else:
+            self.fpn = FPN(
+                channels, fpn_channels, fpn_extra, self.relu_before_extra, fpn_group_norm
+            )
         self.strides = self.fpn.strides
         caffe = self.backbone.caffe
         mean = self.caffe_mean if caffe else IMAGENET_MEAN
@@ -90,14 +101,11 @@ class FPNDetector(nn.Module):
     def normalize(self, batch: Batch) -> Tensor:
         """Images to float32 (B, 3, H, W), RGB or, caffe-style, BGR; padding is 0 afterwards."""
         mean, std = self.pixel_mean[:, None, None], self.pixel_std[:, None, None]
-        images = (batch.images.float() - mean) / std
-        for image, (height, width) in zip(images, batch.sizes, strict=True):
-            image[:, height:] = 0
-            image[:, :, width:] = 0
+        images = blank_padding((batch.images.float() - mean) / std, batch.sizes)
         return images.flip(1) if self.backbone.caffe else images
 
     def pyramid(self, images: Tensor) -> Pyramid:
-        """Normalised images (B, 3, H, W) to P3..P7."""
+        """Normalised images (B, 3, H, W) to the maps of the pyramid."""
         return self.fpn(self.backbone(images))  # type: ignore[no-any-return]
 
     @property
@@ -114,12 +122,12 @@ class FPNDetector(nn.Module):
         """What is predicted at every location of the pyramid."""
         raise NotImplementedError
 
-    def assign(self, output: DenseOutput, targets: Targets) -> Assignment:
-        """Who learns what, for the whole batch at once."""
+    def assign(self, output: DenseOutput, targets: Targets) -> Any:
+        """Who learns what: an `Assignment`, or a `TwoStageAssignment`; only `loss` must read it."""
         raise NotImplementedError
 
     def loss(
-        self, output: DenseOutput, targets: Targets, assignment: Assignment | None = None
+        self, output: DenseOutput, targets: Targets, assignment: Any = None
     ) -> dict[str, Tensor]:
         """Weighted terms `task/...`; an assignment made before is reused."""
         raise NotImplementedError
@@ -168,3 +176,11 @@ class FPNDetector(nn.Module):
         assistant = copy.deepcopy(self)
         self._modules.update(body)
         return assistant.requires_grad_(True)
+
+
+def blank_padding(images: Tensor, sizes: Sequence[tuple[int, int]]) -> Tensor:
+    """Sets (B, 3, H, W) to 0, in place, beyond each image's own (h, w)."""
+    for image, (height, width) in zip(images, sizes, strict=True):
+        image[:, height:] = 0
+        image[:, :, width:] = 0
+    return images

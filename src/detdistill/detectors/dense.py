@@ -9,8 +9,9 @@ from torch import Tensor, nn
 
 from detdistill.detectors.base import FPNDetector
 from detdistill.detectors.inference import detect_image
+from detdistill.detectors.proposals import NMS_THRESHOLD, propose
 from detdistill.parts.anchors import AnchorGrid, PointGrid, cells_on_image
-from detdistill.parts.assigners import IGNORED
+from detdistill.parts.assigners import IGNORED, take_matches
 from detdistill.parts.fpn import ExtraFrom
 from detdistill.parts.heads import Tower
 from detdistill.parts.losses import Reduce, mean_over_processes
@@ -19,6 +20,7 @@ from detdistill.structures import (
     DenseOutput,
     Detections,
     Predictions,
+    Proposals,
     Pyramid,
     Targets,
 )
@@ -44,11 +46,13 @@ class DenseDetector(FPNDetector):
         group_norm: GroupNorm in the towers.
         grid: the anchors or points.
         reduce: whether normalisers are averaged over processes ("global") or not ("local").
+        fpn_group_norm: GroupNorm in the pyramid.
     """
 
     box_coding: str
     nms_threshold: float
     quality_tower: str | None = None
+    inner_maps: tuple[str, ...] = ()  # in `DenseOutput.features`, after ReLU, as wide as the towers
     masks_padding = True  # cells beyond an image learn nothing; points have no such rule
 
     def __init__(
@@ -67,6 +71,7 @@ class DenseDetector(FPNDetector):
         group_norm: bool,
         grid: AnchorGrid | PointGrid,
         reduce: Reduce,
+        fpn_group_norm: bool = False,
     ) -> None:
         """Builds the shared parts."""
         super().__init__(
@@ -78,6 +83,7 @@ class DenseDetector(FPNDetector):
             norm_eval=norm_eval,
             fpn_channels=fpn_channels,
             fpn_extra=fpn_extra,
+            fpn_group_norm=fpn_group_norm,
         )
         self.grid, self.reduce = grid, reduce
         self.towers = nn.ModuleDict(
@@ -91,6 +97,13 @@ class DenseDetector(FPNDetector):
 
     def head(self, pyramid: Pyramid, *, keep_pre_activation: bool = False) -> DenseOutput:
         """Towers, predictions and anchors of a pyramid."""
+        ends, kept = self.run_towers(pyramid, keep_pre_activation)
+        return DenseOutput(self._predict(ends), kept, self.grid(pyramid), pyramid)
+
+    def run_towers(
+        self, pyramid: Pyramid, keep_pre_activation: bool
+    ) -> tuple[dict[str, list[Tensor]], dict[str, list[list[Tensor]]]]:
+        """The end of each branch's tower per level, and all that `DenseOutput.towers` keeps."""
         kept: dict[str, list[list[Tensor]]] = {branch: [] for branch in self.towers}
         ends: dict[str, list[Tensor]] = {branch: [] for branch in self.towers}
         for branch, tower in self.towers.items():
@@ -98,7 +111,7 @@ class DenseDetector(FPNDetector):
                 end, maps = tower(level, keep_pre_activation)
                 ends[branch].append(end)
                 kept[branch].append(maps)
-        return DenseOutput(self._predict(ends), kept, self.grid(pyramid), pyramid)
+        return ends, kept
 
     def head_from(self, tower: Mapping[str, Sequence[Tensor]], depth: int) -> Predictions:
         """Predictions from activated tower maps at `depth` (see `stages.DenseHead`)."""
@@ -110,6 +123,10 @@ class DenseDetector(FPNDetector):
                 for branch, levels in tower.items()
             }
         )
+
+    def towers_for(self, prediction: str) -> tuple[str, ...]:
+        """The towers that "cls", "box" or "quality" predictions are computed from."""
+        return (str(self.quality_tower) if prediction == "quality" else prediction,)
 
     def _predict(self, ends: Mapping[str, Sequence[Tensor]]) -> Predictions:
         logits = [
@@ -169,20 +186,22 @@ class DenseDetector(FPNDetector):
 
     def assign(self, output: DenseOutput, targets: Targets) -> Assignment:
         """Who learns what, for the whole batch at once."""
-        anchors = output.anchors
+        valid = self.valid_cells(output, targets)
+        return self.assignment_of(self.match(output.anchors, valid, targets), targets)
+
+    def valid_cells(self, output: DenseOutput, targets: Targets) -> Tensor:
+        """(B, P) bool: the anchors that take part in the assignment."""
         valid = cells_on_image(output.pyramid, targets.sizes, self.grid.per_location)
-        if not self.masks_padding:
-            valid = torch.ones_like(valid)
-        matched = self.match(anchors, valid, targets)
-        positive = matched >= 0
-        index = matched.clamp(min=0)
-        labels = torch.where(positive, targets.labels.gather(1, index), self.num_classes)
-        boxes = targets.boxes.gather(1, index[..., None].expand(-1, -1, 4))
+        return valid if self.masks_padding else torch.ones_like(valid)
+
+    def assignment_of(self, matched: Tensor, targets: Targets) -> Assignment:
+        """The record of what an assigner returned (see `match`)."""
+        positive, labels, boxes = take_matches(matched, targets, self.num_classes)
         return Assignment(
             labels=labels,
             weights=(matched != IGNORED).float(),
             positive=positive,
-            boxes=boxes * positive[..., None],
+            boxes=boxes,
             matched=matched.clamp(min=-1),
             num_positive=self.count_positive(positive),
         )
@@ -214,6 +233,27 @@ class DenseDetector(FPNDetector):
             detect_image(self, output, i, size, score_threshold, max_detections)
             for i, size in enumerate(sizes)
         ]
+
+    def propose(
+        self,
+        output: DenseOutput,
+        sizes: Sequence[tuple[int, int]],
+        *,
+        per_level: int = 2000,
+        max_per_image: int = 1000,
+        nms_threshold: float = NMS_THRESHOLD,
+        min_size: float = 0.0,
+    ) -> Proposals:
+        """The head as an RPN; keywords as `proposals.propose`."""
+        return propose(
+            self,
+            output,
+            sizes,
+            per_level=per_level,
+            max_per_image=max_per_image,
+            nms_threshold=nms_threshold,
+            min_size=min_size,
+        )
 
     @staticmethod
     def flat_anchors(anchors: Sequence[Tensor]) -> Tensor:

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 from fnmatch import fnmatch
+from pathlib import Path
 from typing import Any
 
 import timm
 
 from detdistill.detectors import atss as atss  # each import files a family in the registry
+from detdistill.detectors import cascade_rcnn as cascade_rcnn
+from detdistill.detectors import faster_rcnn as faster_rcnn
 from detdistill.detectors import fcos as fcos
 from detdistill.detectors import gfl as gfl
+from detdistill.detectors import reppoints as reppoints
 from detdistill.detectors import retinanet as retinanet
-from detdistill.detectors.dense import DenseDetector
+from detdistill.detectors.backbone_weights import load_backbone
+from detdistill.detectors.base import FPNDetector
 from detdistill.detectors.registry import BACKBONES, FAMILIES
 from detdistill.errors import UserError
 from detdistill.registry import checked_keywords, nearest
@@ -22,7 +27,7 @@ GROUP_NORM = "_gn"
 def list_detectors(pattern: str = "*") -> list[str]:
     """Names that `create_detector` takes, e.g. for the pattern "gfl*".
 
-    Beside these, any timm backbone with maps at strides 8, 16 and 32 joins by
+    Beside these, any timm backbone with maps at strides 8, 16 and 32 (two-stage: 4 too) joins by
     `create_detector("gfl", ..., backbone="mobilenetv3_large_100")`.
     """
     names = [
@@ -34,24 +39,32 @@ def list_detectors(pattern: str = "*") -> list[str]:
     return [name for name in names if fnmatch(name, pattern)]
 
 
-def create_detector(name: str, num_classes: int, **options: Any) -> DenseDetector:
+def create_detector(
+    name: str, num_classes: int, *, backbone_weights: str | Path | None = None, **options: Any
+) -> FPNDetector:
     """Builds a detector with fresh weights.
 
     Args:
         name: family and backbone, e.g. "gfl_r18" or "fcos_r50_caffe_gn" ("caffe": see `Backbone`;
             "gn": `group_norm=True`); a family alone takes `backbone=`.
         num_classes: K.
+        backbone_weights: a file with ImageNet weights for the backbone, where `pretrained=True`
+            cannot download them: timm's, torchvision's ResNets or OpenMMLab's.
         **options: the detector's own keywords (see its class); published values by default.
 
     Raises:
         UserError: for an unknown name or keyword, a value of the wrong type, a backbone without
-            the needed feature maps.
+            the needed feature maps, a file that does not fit.
     """
     family, options = split_name(name, options)
     keywords = checked_keywords(f"detector {family!r}", FAMILIES.get(family), options)
+    if backbone_weights is not None and keywords["pretrained"]:
+        raise UserError("pretrained=True and backbone_weights both fill the backbone; keep one")
     detector = FAMILIES.get(family)(num_classes, **keywords)
-    assert isinstance(detector, DenseDetector)
+    assert isinstance(detector, FPNDetector)
     detector.name, detector.options = name, keywords
+    if backbone_weights is not None:
+        load_backbone(detector.backbone, backbone_weights, keywords["backbone"])
     return detector
 
 

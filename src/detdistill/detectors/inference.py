@@ -46,14 +46,19 @@ def detect_image(
         boxes.append(clip_xyxy(detector.decode(chosen, anchors[rows]), size))
         scores.append(kept)
         labels.append(classes)
-    all_boxes, all_scores, all_labels = torch.cat(boxes), torch.cat(scores), torch.cat(labels)
+    parts = torch.cat(boxes), torch.cat(scores), torch.cat(labels)
+    return best_boxes(*parts, detector.nms_threshold, max_detections)
+
+
+def best_boxes(
+    boxes_xyxy: Tensor, scores: Tensor, labels: Tensor, nms_threshold: float, max_detections: int
+) -> Detections:
+    """The best of clipped boxes (M, 4) after class-wise NMS."""
     # A box beyond the image has no area left; NMS would never suppress it.
-    visible = (all_boxes[:, 2:] > all_boxes[:, :2]).all(1)
-    all_boxes, all_scores, all_labels = (
-        part[visible] for part in (all_boxes, all_scores, all_labels)
-    )
-    keep = batched_nms(all_boxes, all_scores, all_labels, detector.nms_threshold)[:max_detections]
-    return Detections(all_boxes[keep], all_scores[keep], all_labels[keep])
+    visible = (boxes_xyxy[:, 2:] > boxes_xyxy[:, :2]).all(1)
+    boxes_xyxy, scores, labels = (part[visible] for part in (boxes_xyxy, scores, labels))
+    keep = batched_nms(boxes_xyxy, scores, labels, nms_threshold)[:max_detections]
+    return Detections(boxes_xyxy[keep], scores[keep], labels[keep])
 
 
 def predict_image(

@@ -5,14 +5,19 @@ A detector is a chain of pure stages, each returning a typed record of `structur
     Batch -normalize-> images -pyramid-> Pyramid -head-> DenseOutput -detect-> Detections
                                                     \-assign-> Assignment -> loss
 
+A two-stage detector's `head` is its RPN; `assign` and `detect` begin with
+
+    DenseOutput -propose-> Proposals (-sample-> Proposals) -roi-> RoIOutput
+
 A distillation method never reaches inside. It reads records, and it may call a stage of either
-model again: CrossKD sends the student's tower maps through the teacher's `head_from`.
+model again: CrossKD sends the student's tower maps through the teacher's `head_from`, HEAD the
+student's proposals through the teacher's `roi`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor
 
@@ -22,8 +27,11 @@ from detdistill.structures import (
     DenseOutput,
     Detections,
     Predictions,
+    Proposals,
     Pyramid,
+    RoIOutput,
     Targets,
+    TwoStageAssignment,
 )
 
 
@@ -48,7 +56,7 @@ class Detector(Protocol):
         """Normalised images to feature maps."""
 
     def loss(
-        self, output: DenseOutput, targets: Targets, assignment: Assignment | None = None
+        self, output: DenseOutput, targets: Targets, assignment: Any = None
     ) -> dict[str, Tensor]:
         """Scalar terms, each already weighted; an assignment made before is reused."""
 
@@ -62,7 +70,7 @@ class DenseHead(Protocol):
 
     Attributes:
         family: key of published settings, e.g. "gfl".
-        box_coding: "deltas" on anchors or "distribution" over distances.
+        box_coding: "deltas" on anchors, "distances" or a "distribution" of them, or "points".
         assignment_key: equal for heads whose `assign` gives equal results on equal pyramids.
     """
 
@@ -83,11 +91,14 @@ class DenseHead(Protocol):
     def head(self, pyramid: Pyramid, *, keep_pre_activation: bool = False) -> DenseOutput:
         """Towers, predictions and anchors of a pyramid."""
 
+    def towers_for(self, prediction: str) -> tuple[str, ...]:
+        """The branches that "cls", "box" or "quality" predictions are computed from."""
+
     def head_from(self, tower: Mapping[str, Sequence[Tensor]], depth: int) -> Predictions:
         """Resumes after `depth` tower blocks.
 
         `tower` maps a branch ("cls", "box") to its level maps at that depth, activated (depth 0:
-        the pyramid level). A branch that is left out leaves its predictions empty.
+        the pyramid level). Predictions that need a branch that is left out are empty.
         """
 
     def decode(self, boxes: Tensor, anchors: Tensor) -> Tensor:
@@ -95,3 +106,27 @@ class DenseHead(Protocol):
 
     def assign(self, output: DenseOutput, targets: Targets) -> Assignment:
         """Who learns what; call it once per batch and share it."""
+
+    def propose(self, output: DenseOutput, sizes: Sequence[tuple[int, int]]) -> Proposals:
+        """The head as an RPN: the boxes most likely to hold an object; without gradient."""
+
+
+@runtime_checkable
+class RoIStages(Protocol):
+    """What a two-stage detector shows beside `head`, its RPN: Faster R-CNN, Cascade R-CNN.
+
+    `stage` counts the RoI heads of a cascade. The boxes of a later stage are those that the one
+    before it moved, so they are sampled again.
+    """
+
+    def propose(self, output: DenseOutput, sizes: Sequence[tuple[int, int]]) -> Proposals:
+        """The boxes most likely to hold an object; without gradient."""
+
+    def assign(self, output: DenseOutput, targets: Targets) -> TwoStageAssignment:
+        """The RPN's anchors, and the proposals sampled for the first RoI head."""
+
+    def sample(self, proposals: Proposals, targets: Targets, stage: int = 0) -> Proposals:
+        """Which proposals learn and what; keeps `origin`, marks the ground truth."""
+
+    def roi(self, pyramid: Pyramid, proposals: Proposals, stage: int = 0) -> RoIOutput:
+        """What an RoI head says of any boxes on any pyramid of its width."""

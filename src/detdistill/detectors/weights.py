@@ -4,25 +4,35 @@ from __future__ import annotations
 
 import json
 import os
-import pickle
 import warnings
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import BaseModel, Field, ValidationError
-from safetensors.torch import load_file, save
+from safetensors.torch import save
 from torch import Tensor
 
 from detdistill.detectors.base import FPNDetector
-from detdistill.detectors.checkpoints import from_mmdetection, implied_options, is_mmdetection
+from detdistill.detectors.checkpoints import (
+    from_mmdetection,
+    implied_options,
+    is_mmdetection,
+    without_helpers,
+)
 from detdistill.detectors.dense import DenseDetector
 from detdistill.detectors.factory import create_detector
-from detdistill.errors import UserError
+from detdistill.detectors.files import few, fill, read_state
+from detdistill.detectors.torchvision_models import (
+    PREFIX,
+    is_torchvision,
+    settings_of,
+    view_for,
+)
+from detdistill.detectors.views import DenseView
+from detdistill.errors import UserError, UserNotice
 
 FORMAT = 1
-FOREIGN_OBJECTS = ("Unsupported global", "Unsupported class", "Trying to")
-"""What `torch.load` says of objects that it will not make; all else means a damaged file."""
 
 
 class Facts(BaseModel):
@@ -46,10 +56,13 @@ def save_detector(
     Both files appear whole or not at all; the weights come last, so that a pair is complete.
     """
     path = Path(path)
+    module, options = detector, detector.options
+    if isinstance(detector, DenseView):  # the user's model, under the names that it knows
+        module, options = detector.model, settings_of(detector)
     facts = {
         "format": FORMAT,
         "detector": detector.name,
-        "options": detector.options,
+        "options": options,
         "num_classes": detector.num_classes,
         "classes": detector.classes,
         "pixel_mean": detector.pixel_mean.tolist(),
@@ -57,7 +70,7 @@ def save_detector(
         "input_size": detector.input_size,
         "provenance": provenance or {},
     }
-    state = {k: v.detach().cpu().contiguous() for k, v in detector.state_dict().items()}
+    state = {k: v.detach().cpu().contiguous() for k, v in module.state_dict().items()}
     facts_file, temporary = path.with_suffix(".json"), path.with_suffix(".tmp")
     temporary.write_text(json.dumps(facts, indent=1), encoding="utf-8")
     os.replace(temporary, facts_file)
@@ -71,14 +84,17 @@ def save_detector(
 
 def load_detector(
     name: str | Path, path: str | Path | None = None, *, strict: bool = True, **options: Any
-) -> DenseDetector:
+) -> FPNDetector:
     """A detector with the weights of a file.
 
     Args:
         name: detector name, e.g. "gfl_r101"; or, for our own files, the file or run folder alone.
-        path: our `model.safetensors`, an MMDetection `.pth`, or a run folder.
+        path: our `model.safetensors`, a run folder, an MMDetection checkpoint, a released student
+            of CrossKD or HEAD (which loads alone, and says so), or the state_dict of torchvision's
+            RetinaNet or FCOS, which becomes a view (see `as_detector`); told apart by their keys.
         strict: refuse a file that does not fit in every tensor.
-        **options: the detector's keywords, over what the file says or implies.
+        **options: the detector's keywords, over what the file says or implies; for torchvision's
+            weights those of `torchvision_models.Settings`.
 
     Raises:
         UserError: missing, truncated or foreign file, code in a pickle, tensors that do not fit.
@@ -93,13 +109,30 @@ def load_detector(
             f"{file}: no {facts_file.name} beside it says which detector this is; "
             f"name it, e.g. --detector gfl_r50"
         )
-    state = read_state(file)
+    state = _student_alone(read_state(file), file)
+    if is_torchvision(state):
+        view, state = view_for(state, file, wanted, options)
+        fill(view.model, view.name, state, file, strict)
+        return view
     if is_mmdetection(state):
         state = from_mmdetection(state)
         options = {**implied_options(state), **options}
     detector = create_detector(wanted, _count_classes(state, wanted, file), **options)
-    _fill(detector, state, file, strict)
+    fill(detector, detector.name, state, file, strict)
     return detector
+
+
+def _student_alone(state: dict[str, Tensor], file: Path) -> dict[str, Tensor]:
+    kept, helpers = without_helpers(state)
+    if helpers:
+        parts = sorted({name.partition(".")[0] for name in helpers})
+        warnings.warn(
+            f"{file}: the student alone is loaded; left out: {len(helpers)} tensors of what helped "
+            f"to train it ({', '.join(parts)})",
+            UserNotice,
+            stacklevel=3,
+        )
+    return kept
 
 
 def _weights_file(path: Path) -> Path:
@@ -126,9 +159,15 @@ def _read_facts(path: Path) -> Facts:
 
 def _load_own(
     file: Path, facts: Facts, wanted: str | None, strict: bool, options: dict[str, Any]
-) -> DenseDetector:
+) -> FPNDetector:
     if wanted is not None and wanted != facts.detector:
         raise UserError(f"{file} holds {facts.detector}, not {wanted}; leave the name out")
+    if facts.detector.startswith(PREFIX):
+        given = {**facts.options, **options}
+        view, state = view_for(read_state(file), file, facts.detector, given)
+        fill(view.model, view.name, state, file, strict)
+        view.classes = facts.classes
+        return view
     given = {**facts.options, "pretrained": False, **options}
     try:
         detector = create_detector(facts.detector, facts.num_classes, **given)
@@ -137,65 +176,15 @@ def _load_own(
     detector.classes, detector.input_size = facts.classes, facts.input_size
     detector.pixel_mean.copy_(torch.tensor(facts.pixel_mean))
     detector.pixel_std.copy_(torch.tensor(facts.pixel_std))
-    _fill(detector, read_state(file), file, strict)
+    fill(detector, detector.name, read_state(file), file, strict)
     return detector
 
 
-def read_state(file: Path) -> dict[str, Tensor]:
-    """Tensors by name from .safetensors, or from a pickle without running code from it."""
-    try:
-        if file.suffix == ".safetensors":
-            return load_file(file)
-        with warnings.catch_warnings(action="ignore"):  # about protocols, before our sentence
-            loaded = torch.load(file, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        if not any(sign in str(error) for sign in FOREIGN_OBJECTS):
-            raise _unreadable(file, error) from None
-        raise UserError(
-            f"{file} holds Python objects besides tensors, which could run code and are not "
-            f"loaded; save its plain tensors in the environment it came from: "
-            f'torch.save({{"state_dict": model.state_dict()}}, "clean.pth")'
-        ) from None
-    except Exception as error:  # a damaged pickle can raise anything
-        raise _unreadable(file, error) from None
-    state = loaded.get("state_dict", loaded) if isinstance(loaded, dict) else loaded
-    if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
-        raise UserError(f"{file}: no table of tensors (a state_dict) in this file")
-    return state
-
-
-def _unreadable(file: Path, error: Exception) -> UserError:
-    reason = " ".join(str(error).split())[:120]
-    return UserError(
-        f"{file}: not a readable weights file, perhaps truncated ({type(error).__name__}: "
-        f"{reason}); copy or download it again"
-    )
-
-
 def _count_classes(state: dict[str, Tensor], name: str, file: Path) -> int:
-    if "logits.bias" not in state or state["logits.bias"].dim() != 1:
-        raise UserError(f"{file}: these are not the weights of {name}: {_few(list(state))}")
-    anchors = create_detector(name, 1, fpn_channels=8, tower_channels=8).grid.per_location
-    return max(1, len(state["logits.bias"]) // anchors)
-
-
-def _fill(detector: DenseDetector, state: dict[str, Tensor], file: Path, strict: bool) -> None:
-    own = detector.state_dict()
-    faults = [f"missing {k}" for k in own if k not in state]
-    faults += [f"left over {k}" for k in state if k not in own]
-    faults += [
-        f"{k} is {tuple(state[k].shape)}, not {tuple(own[k].shape)}"
-        for k in own
-        if k in state and state[k].shape != own[k].shape
-    ]
-    if faults and strict:
-        raise UserError(
-            f"{file} does not fit {detector.name} in {len(faults)} tensors: {'; '.join(faults)}; "
-            f"choose the detector it was trained as, or load with strict=False"
-        )
-    fitting = {k: v for k, v in state.items() if k in own and v.shape == own[k].shape}
-    detector.load_state_dict(fitting, strict=False)
-
-
-def _few(names: list[str]) -> str:
-    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+    detector = create_detector(name, 1, fpn_channels=8)
+    key = "logits.bias" if isinstance(detector, DenseDetector) else "roi_heads.0.logits.bias"
+    if key not in state or state[key].dim() != 1:
+        raise UserError(f"{file}: these are not the weights of {name}: {few(list(state))}")
+    if isinstance(detector, DenseDetector):
+        return max(1, len(state[key]) // detector.grid.per_location)
+    return max(1, len(state[key]) - 1)

@@ -50,7 +50,10 @@ def require_dense(model: FPNDetector | None, method: str, role: str) -> DenseDet
     """
     if not isinstance(model, DenseHead):
         name = getattr(model, "name", model)
-        raise UserError(f"{method} needs a dense {role}; {name} has no dense head to re-enter")
+        raise UserError(
+            f"{method} needs a dense {role}; {name} has no dense head to re-enter: for RoI heads "
+            f"there are crosskd_roi (alike) and head (unlike), for any pyramid pkd"
+        )
     return cast(DenseDetector, model)
 
 
@@ -79,9 +82,14 @@ def align_statistics(student: Tensor, teacher: Tensor) -> Tensor:
     """
     if student.numel() == student.shape[1]:
         return student
-    variance, mean = torch.var_mean(student.float(), (0, 2, 3), keepdim=True)
-    teacher_variance, teacher_mean = torch.var_mean(teacher.float(), (0, 2, 3), keepdim=True)
-    # A channel that is constant over the batch (dead) has no finite gradient of its deviation.
-    deviation = variance.clamp(min=EPSILON**2).sqrt()
-    scale = teacher_variance.sqrt() / (deviation + EPSILON)
+    mean, deviation = channel_statistics(student)
+    teacher_mean, teacher_deviation = channel_statistics(teacher)
+    scale = teacher_deviation / (deviation + EPSILON)
     return student * scale + (teacher_mean - mean * scale)
+
+
+def channel_statistics(level: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and unbiased deviation of a (B, C, H, W) map over B, H and W: (1, C, 1, 1), float32."""
+    variance, mean = torch.var_mean(level.float(), (0, 2, 3), keepdim=True)
+    # A channel that is constant over the batch (dead) has no finite gradient of its deviation.
+    return mean, variance.clamp(min=EPSILON**2).sqrt()

@@ -134,7 +134,7 @@ class CrossKD(Method):
         }
         given = {term: w for term, w in self.given_weights.items() if w is not None}
         self.weights = {t: w for t, w in {**defaults, **given}.items() if wanted[t]}
-        towers = [str(tower) if term == "quality" else term for term in self.weights]
+        towers = [branch for term in self.weights for branch in teacher.towers_for(term)]
         self.branches = list(dict.fromkeys(towers))
 
     def _choose_depths(self, student: DenseDetector, teacher: DenseDetector, depth: int) -> None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from detdistill.detectors.base import FPNDetector
-from detdistill.distill.adapters import EPSILON, channel_adapter, match_levels
+from detdistill.distill.adapters import EPSILON, channel_adapter, channel_statistics, match_levels
 from detdistill.distill.method import METHODS, Method, Step
 from detdistill.distill.published import OTHER_PKD_WEIGHT, PKD_WEIGHTS
 from detdistill.errors import UserError
@@ -75,7 +75,5 @@ def pattern_difference(student: Tensor, teacher: Tensor) -> Tensor:
 
 def standardize(level: Tensor) -> Tensor:
     """(B, C, H, W) with mean 0 and deviation 1 per channel over B, H and W; float32."""
-    variance, mean = torch.var_mean(level.float(), (0, 2, 3), keepdim=True)
-    # A channel that is constant over the batch has no finite gradient of its deviation.
-    deviation = variance.clamp(min=EPSILON**2).sqrt()
+    mean, deviation = channel_statistics(level)
     return (level.float() - mean) / (deviation + EPSILON)

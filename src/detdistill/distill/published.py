@@ -33,7 +33,12 @@ PUBLISHED = {
     ),
 }
 # A family without a published setting takes the one with its box encoding.
-LIKE = {"distribution": "gfl", "deltas": "retinanet", "distances": "fcos"}
+LIKE = {
+    "distribution": "gfl",
+    "deltas": "retinanet",
+    "distances": "fcos",
+    "points": "retinanet",
+}
 
 # PKD as CrossKD's authors combine the two.
 PKD_WEIGHTS = {"retinanet": 2.0, "fcos": 2.0, "atss": 1.0, "gfl": 6.0}

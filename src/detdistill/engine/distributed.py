@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -14,6 +15,9 @@ from lightning_fabric.strategies.ddp import DDPStrategy
 
 from detdistill.errors import UserError
 from detdistill.recipe import Recipe
+
+PATIENCE = timedelta(hours=3)
+"""How long processes wait for each other: while the first evaluates on val, all others do."""
 
 
 class _KeepInputs:
@@ -60,7 +64,7 @@ def launch(recipe: Recipe) -> Fabric:
         accelerator=device,
         devices=recipe.devices,
         num_nodes=recipe.nodes,
-        strategy=DDPStrategy() if several else "auto",
+        strategy=DDPStrategy(timeout=PATIENCE) if several else "auto",
         plugins=[plugin],
     )
     fabric.launch()

@@ -38,23 +38,37 @@ class AnchorGrid:
 
 
 class PointGrid:
-    """One point per location, in the middle of its cell (half a stride beside the anchors)."""
+    """One point per location.
+
+    Args:
+        offset: of the points from the anchors' grid points, in strides: 0.5 is the middle of the
+            cell (FCOS), 0 the grid point itself (RepPoints).
+    """
 
     per_location = 1
-    key = ("points",)
-    """Equal for all point grids: they have no settings."""
+
+    def __init__(self, offset: float = 0.5) -> None:
+        """A = 1."""
+        self.offset = offset
+
+    @property
+    def key(self) -> tuple[str, float]:
+        """Equal for grids that give equal points."""
+        return "points", self.offset
 
     def __call__(self, pyramid: Pyramid) -> list[Tensor]:
         """Per level (H*W, 4) float32 pixels; both corners are the point."""
         return [
-            _level_points(stride, (level.shape[-2], level.shape[-1]), level.device)
+            _level_points(self.offset, stride, (level.shape[-2], level.shape[-1]), level.device)
             for level, stride in zip(pyramid, pyramid.strides, strict=True)
         ]
 
 
 @lru_cache(maxsize=256)
-def _level_points(stride: int, size: tuple[int, int], device: torch.device) -> Tensor:
-    rows, columns = ((torch.arange(side, device=device) + 0.5) * stride for side in size)
+def _level_points(
+    offset: float, stride: int, size: tuple[int, int], device: torch.device
+) -> Tensor:
+    rows, columns = ((torch.arange(side, device=device) + offset) * stride for side in size)
     y, x = torch.meshgrid(rows, columns, indexing="ij")
     return torch.stack((x, y, x, y), -1).reshape(-1, 4)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -21,6 +22,7 @@ def assign_max_iou(
     *,
     positive: float = 0.5,
     negative: float = 0.4,
+    forced: float | None = 0.0,
 ) -> Tensor:
     """RetinaNet's rule (arXiv 1708.02002 section 4), with MMDetection's low-quality matches.
 
@@ -30,27 +32,45 @@ def assign_max_iou(
     exactly, so the last bit of the IoU may decide how many match.
 
     Args:
-        anchors: (P, 4) xyxy pixels.
+        anchors: (P, 4) xyxy pixels, or (B, P, 4) where every image has its own.
         valid: (B, P) bool; others are ignored and take no part.
         targets: the ground truth, at least one slot per image.
         positive: least IoU of a positive.
         negative: IoU below which an anchor is background.
+        forced: least IoU of the anchors that a box takes because none is better; None for none.
 
     Returns:
         (B, P) int64: index of the matched box, `BACKGROUND` or `IGNORED`.
     """
-    iou = pairwise_iou(targets.boxes, anchors[None])
+    iou = pairwise_iou(targets.boxes, anchors)
     possible = targets.present[:, :, None] & valid[:, None, :]
     iou = iou.masked_fill(~possible, -1)
     best, matched = iou.max(1)
     matched = torch.where(best >= positive, matched, IGNORED)
     matched = torch.where(best < negative, BACKGROUND, matched)
-    best_of_box = iou.amax(2, keepdim=True)
-    forced = (iou == best_of_box) & (best_of_box > 0)
-    slots = torch.arange(iou.shape[1], device=iou.device)[None, :, None]
-    last = torch.where(forced, slots, -1).amax(1)
-    matched = torch.where(last >= 0, last, matched)
+    if forced is not None:
+        best_of_box = iou.amax(2, keepdim=True)
+        takes = (iou == best_of_box) & (best_of_box > 0) & (best_of_box >= forced)
+        slots = torch.arange(iou.shape[1], device=iou.device)[None, :, None]
+        last = torch.where(takes, slots, -1).amax(1)
+        matched = torch.where(last >= 0, last, matched)
     return torch.where(valid, matched, IGNORED)
+
+
+def take_matches(
+    matched: Tensor, targets: Targets, num_classes: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What the anchors of a match (B, P) learn.
+
+    Returns:
+        (B, P) bool: positives; (B, P) int64 labels, `num_classes` for the rest; (B, P, 4) boxes,
+        zeros for the rest.
+    """
+    positive = matched >= 0
+    index = matched.clamp(min=0)
+    labels = torch.where(positive, targets.labels.gather(1, index), num_classes)
+    boxes = targets.boxes.gather(1, index[..., None].expand(-1, -1, 4))
+    return positive, labels, boxes * positive[..., None]
 
 
 def assign_atss(
@@ -116,6 +136,48 @@ def assign_points(
     ]
     areas, matched = torch.cat(smallest, -1).min(1)
     return torch.where(areas.isfinite(), matched, BACKGROUND)
+
+
+def assign_nearest_point(
+    points: Sequence[Tensor],
+    valid: Tensor,
+    targets: Targets,
+    *,
+    strides: Sequence[int],
+    scale: float = 4.0,
+) -> Tensor:
+    """RepPoints' rule (arXiv 1904.11490 section 4.2): one point of one level per box.
+
+    The box's level is log2 of the mean of its sides in units of `scale`, the point the nearest to
+    its centre, measured in sides of the box. A point that several boxes want learns the one whose
+    centre is nearest, the earlier one where equal.
+
+    Args:
+        points: per level (H*W, 2) pixels.
+        valid: (B, P) bool; others are ignored and never the nearest.
+        targets: the ground truth, at least one slot per image.
+        strides: of the levels.
+        scale: side of a box that suits a stride of 1.
+
+    Returns:
+        (B, P) int64: index of the matched box, `BACKGROUND` or `IGNORED`.
+    """
+    boxes = targets.boxes[:, :, None]  # (B, N, 1, 4)
+    sides = (boxes[..., 2:] - boxes[..., :2]).clamp(min=1e-6)
+    # Published: the geometric mean of the sides, rounded towards zero after the logarithm.
+    level_of_box = (sides / scale).log2().mean(-1).trunc()
+    levels = [math.log2(stride) for stride in strides]
+    level_of_box = level_of_box.clamp(min(levels), max(levels))
+    level_of_point = torch.cat(
+        [boxes.new_full((len(p),), n) for p, n in zip(points, levels, strict=True)]
+    )
+    allowed = valid[:, None] & targets.present[:, :, None] & (level_of_box == level_of_point)
+    distance = ((torch.cat(list(points)) - centers_xy(boxes)) / sides).norm(dim=-1)
+    near, index = distance.masked_fill(~allowed, torch.inf).min(-1, keepdim=True)
+    wanted = torch.full_like(distance, torch.inf).scatter_(2, index, near)
+    best, matched = wanted.min(1)
+    matched = torch.where(best.isfinite(), matched, BACKGROUND)
+    return torch.where(valid, matched, IGNORED)
 
 
 def _fitting_areas(

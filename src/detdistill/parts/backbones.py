@@ -5,29 +5,44 @@ from __future__ import annotations
 from typing import Any, cast
 
 import timm
+from timm.layers.conv_bn_act import ConvNormAct
 from timm.models.resnet import Bottleneck
 from torch import Tensor, nn
 
 from detdistill.errors import UserError
+from detdistill.parts.swin import (
+    in_patches,
+    is_swin,
+    pad_blocks,
+    pad_to_patches,
+    swin_options,
+)
 
 STRIDES = (8, 16, 32)
 PLAIN_RESNETS = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")
 RESNET_WIDTHS = (64, 128, 256, 512)
 CAFFE = "_caffe"
+HEAD_FORM = "_head"
+LEAK = 0.1  # negative slope in HEAD's form
+TOP_CHANNELS = 1280
 BATCH_NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm)
 
 
 class Backbone(nn.Module):
-    """A timm feature extractor that returns the maps at strides 8, 16 and 32 (C3, C4, C5).
+    """A timm feature extractor that returns the maps at some strides, by default C3, C4, C5.
 
     Args:
         name: any timm model with feature maps at these strides; a ResNet's name with `_caffe` is
-            its caffe-style form, which strides the first 1x1 convolution of a stage, not the 3x3.
-        pretrained: load timm's ImageNet weights (needs the network once).
+            its caffe-style form, which strides the first 1x1 convolution of a stage, not the 3x3;
+            a MobileNetV2's name with `_head` is the form that HEAD trains (arXiv 2207.05345):
+            LeakyReLU, and 1280 channels in the last map.
+        pretrained: load timm's ImageNet weights (needs the network once); what timm lacks (the
+            norms of single stages, HEAD's last convolution) starts fresh.
         base_channels: width of a ResNet's first stage and stem; 64 is the full network.
         frozen_stages: 0 trains everything, n freezes the stem and the first n stages.
         norm_eval: BatchNorm keeps its stored statistics while training; in a caffe-style network
             its factors and offsets get no gradient either, as published.
+        strides: of the maps.
 
     Attributes:
         caffe: whether it is caffe-style and takes BGR.
@@ -41,21 +56,33 @@ class Backbone(nn.Module):
         base_channels: int = 64,
         frozen_stages: int = 0,
         norm_eval: bool = False,
+        strides: tuple[int, ...] = STRIDES,
     ) -> None:
         """Builds the network; `UserError` where the name or the combination makes none."""
         super().__init__()
         self.frozen_stages, self.norm_eval = frozen_stages, norm_eval
         self.caffe = name.endswith(CAFFE)
-        self.body = _create(name.removesuffix(CAFFE), pretrained and not self.caffe, base_channels)
+        plain = name.removesuffix(CAFFE).removesuffix(HEAD_FORM)
+        leaky = name.endswith(HEAD_FORM)
+        self.body = _create(plain, pretrained and not self.caffe, base_channels, strides, leaky)
         if self.caffe:
             _stride_first(self.body, name, pretrained)
         reductions = list(self.body.feature_info.reduction())
         self.channels: list[int] = list(self.body.feature_info.channels())
-        if tuple(reductions) != STRIDES:
+        if tuple(reductions) != strides:
             raise UserError(
                 f"backbone {name!r} has feature maps at strides {reductions}, a pyramid needs "
-                f"8, 16 and 32; choose another timm model"
+                f"{', '.join(map(str, strides[:-1]))} and {strides[-1]}; choose another timm model"
             )
+        self.top = _top(name, self.channels) if leaky else nn.Identity()
+        # Transformers of MMDetection normalise each map that leaves them; by index of the stage.
+        self.norms = nn.ModuleDict()
+        if is_swin(plain):
+            pad_blocks(self.body)
+            stages = zip(self.body.feature_info.out_indices, self.channels, strict=True)
+            self.norms.update({str(stage): nn.LayerNorm(c) for stage, c in stages})
+        self.in_patches = in_patches(plain)
+        self.channels_last = getattr(self.body, "output_fmt", "NCHW") == "NHWC"
         self._freeze()
 
     def _freeze(self) -> None:
@@ -67,12 +94,9 @@ class Backbone(nn.Module):
             return
         limit = 4 * 2 ** (self.frozen_stages - 1)
         infos = self.body.feature_info.info
-        last = max((i for i, info in enumerate(infos) if info["reduction"] <= limit), default=-1)
-        end = infos[last]["module"].split(".")[0] if last >= 0 else None
-        for name, child in self.body.named_children():
-            child.requires_grad_(False)
-            if name == end:
-                return
+        ends = [info["module"] for info in infos if info["reduction"] <= limit]
+        if ends:
+            _freeze_until(self.body, ends[-1])
 
     def train(self, mode: bool = True) -> Backbone:
         """As `nn.Module.train`, but BatchNorm stays on its stored statistics where asked to."""
@@ -85,27 +109,61 @@ class Backbone(nn.Module):
         return self
 
     def forward(self, images: Tensor) -> list[Tensor]:
-        """Normalised images (B, 3, H, W) to the maps [C3, C4, C5], each (B, C, H/s, W/s)."""
-        return cast(list[Tensor], self.body(images))
+        """Normalised images (B, 3, H, W) to the maps, fine to coarse, each (B, C, H/s, W/s)."""
+        maps = cast(list[Tensor], self.body(pad_to_patches(images) if self.in_patches else images))
+        if self.norms:
+            maps = [norm(level) for norm, level in zip(self.norms.values(), maps, strict=True)]
+        if self.channels_last:
+            maps = [level.permute(0, 3, 1, 2).contiguous() for level in maps]
+        return [*maps[:-1], self.top(maps[-1])]
 
 
-def _create(name: str, pretrained: bool, base_channels: int) -> Any:
+def _freeze_until(body: Any, end: str) -> None:
+    """Freezes all that stands before and in the module `end`, e.g. "layer1" or "blocks.1"."""
+    first, _, index = end.partition(".")
+    for name, child in body.named_children():
+        if name == first and index:
+            for part in list(child.children())[: int(index) + 1]:
+                part.requires_grad_(False)
+            return
+        child.requires_grad_(False)
+        if name == end.replace(".", "_"):  # timm flattens some containers
+            return
+
+
+def _top(name: str, channels: list[int]) -> nn.Module:
+    """MobileNetV2's last 1x1 convolution, which timm leaves out; its width replaces that of C5."""
+    if not name.startswith("mobilenetv2"):
+        raise UserError(f"only MobileNetV2 has the form of HEAD, {name!r} is none")
+    narrow, channels[-1] = channels[-1], TOP_CHANNELS
+    return ConvNormAct(narrow, TOP_CHANNELS, 1, act_layer=_leaky_relu)
+
+
+def _leaky_relu(inplace: bool = False) -> nn.Module:
+    return nn.LeakyReLU(LEAK, inplace)
+
+
+def _create(
+    name: str, pretrained: bool, base_channels: int, strides: tuple[int, ...], leaky: bool
+) -> Any:
     if not timm.is_model(name):
         close = timm.list_models(f"*{name}*")[:3]
         hint = f"; did you mean {', '.join(close)}?" if close else "; see timm.list_models()"
         raise UserError(f"timm knows no backbone {name!r}{hint}")
     if base_channels != 64:
-        return _narrow_resnet(name, pretrained, base_channels)
+        return _narrow_resnet(name, pretrained, base_channels, strides)
+    options = {"act_layer": _leaky_relu} if leaky else swin_options(name)
     try:
         levels: Any = timm.create_model(name, features_only=True, pretrained=False).feature_info
-        wanted = [i for i, r in enumerate(levels.reduction()) if r in STRIDES]
+        wanted = [i for i, r in enumerate(levels.reduction()) if r in strides]
         return timm.create_model(
-            name, features_only=True, pretrained=pretrained, out_indices=tuple(wanted)
+            name, features_only=True, pretrained=pretrained, out_indices=tuple(wanted), **options
         )
     except (OSError, RuntimeError) as error:
         raise UserError(
             f"backbone {name!r} cannot be built with pretrained={pretrained}: "
-            f"{' '.join(str(error).split())[:200]}; without the network use pretrained=False"
+            f"{' '.join(str(error).split())[:200]}; without the network give the file of "
+            f"{name}'s weights as backbone_weights, or use pretrained=False"
         ) from None
 
 
@@ -123,7 +181,9 @@ def _stride_first(body: Any, name: str, pretrained: bool) -> None:
             module.conv1.stride, module.conv2.stride = module.conv2.stride, module.conv1.stride
 
 
-def _narrow_resnet(name: str, pretrained: bool, base_channels: int) -> Any:
+def _narrow_resnet(
+    name: str, pretrained: bool, base_channels: int, strides: tuple[int, ...]
+) -> Any:
     """A ResNet whose stem and stages are base_channels/64 as wide."""
     if name not in PLAIN_RESNETS:
         raise UserError(
@@ -133,7 +193,8 @@ def _narrow_resnet(name: str, pretrained: bool, base_channels: int) -> Any:
     if pretrained:
         raise UserError(f"there are no pretrained weights for base_channels={base_channels}")
     widths = tuple(width * base_channels // 64 for width in RESNET_WIDTHS)
-    body = timm.create_model(name, features_only=True, channels=widths, out_indices=(2, 3, 4))
+    wanted = tuple(i for i in range(5) if 2 ** (i + 1) in strides)
+    body = timm.create_model(name, features_only=True, channels=widths, out_indices=wanted)
     _narrow_stem(body, base_channels)
     return body
 

@@ -40,3 +40,22 @@ def distribution_to_xyxy(
 ) -> Tensor:
     """(..., P, 4*bins) around points (P, 2), one bin being one stride (P, 1), to boxes."""
     return ltrb_to_xyxy(distribution_to_ltrb(distribution, bins) * strides, points)
+
+
+def points_to_xyxy(points_yx: Tensor, centers: Tensor, log_factors: Tensor) -> Tensor:
+    """RepPoints' moment rule (arXiv 1904.11490 eq. 6) from points to boxes (..., P, 4), pixels.
+
+    The box's centre is the mean of the points, its half sides are their deviations times learned
+    factors.
+
+    Args:
+        points_yx: (..., P, 2*n) y and x of n points, relative to `centers`.
+        centers: (P, 2) x and y.
+        log_factors: (2,) logarithms for width and height.
+    """
+    points_xy = torch.stack((points_yx[..., 1::2], points_yx[..., 0::2]), -1)
+    middle = points_xy.mean(-2)
+    variance = (points_xy - middle[..., None, :]).square().sum(-2) / (points_xy.shape[-2] - 1)
+    # Points that coincide have no finite gradient of their deviation.
+    half = variance.clamp(min=1e-12).sqrt() * log_factors.exp()
+    return torch.cat((middle + centers - half, middle + centers + half), -1)

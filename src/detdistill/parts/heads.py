@@ -7,6 +7,7 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torchvision.ops import deform_conv2d
 
 
 class GroupNorm(nn.GroupNorm):
@@ -20,6 +21,11 @@ class GroupNorm(nn.GroupNorm):
         return torch.group_norm(level, self.num_groups, self.weight, self.bias, self.eps)
 
 
+def normalisation(channels: int, group_norm: bool) -> nn.Module:
+    """GroupNorm, or nothing."""
+    return GroupNorm(_groups(channels), channels) if group_norm else nn.Identity()
+
+
 class TowerBlock(nn.Module):
     """3x3 convolution, then GroupNorm or nothing; the activation is the tower's."""
 
@@ -27,7 +33,7 @@ class TowerBlock(nn.Module):
         """A convolution followed by GroupNorm has no bias."""
         super().__init__()
         self.conv = nn.Conv2d(in_channels, channels, 3, padding=1, bias=not group_norm)
-        self.norm = GroupNorm(_groups(channels), channels) if group_norm else nn.Identity()
+        self.norm = normalisation(channels, group_norm)
         nn.init.normal_(self.conv.weight, std=0.01)
         if self.conv.bias is not None:
             nn.init.zeros_(self.conv.bias)
@@ -81,6 +87,30 @@ class Tower(nn.Module):
         return activated
 
 
+class PointConv(nn.Module):
+    """A 3x3 deformable convolution (arXiv 1703.06211) whose taps look at nine given points.
+
+    It runs in float32: torchvision's has no half-precision kernel on a CPU.
+    """
+
+    taps: Tensor
+
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        """Without bias, as published."""
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(out_channels, in_channels, 3, 3))
+        nn.init.normal_(self.weight, std=0.01)
+        y, x = torch.meshgrid(torch.arange(-1.0, 2.0), torch.arange(-1.0, 2.0), indexing="ij")
+        taps = torch.stack((y, x), -1).reshape(1, -1, 1, 1)  # where they look by themselves
+        self.register_buffer("taps", taps, persistent=False)
+
+    def forward(self, level: Tensor, points: Tensor) -> Tensor:
+        """(B, C_in, H, W) and points (B, 18, H, W), y and x from the cell in cells, to a map."""
+        offsets = points.float() - self.taps
+        found = deform_conv2d(level.float(), offsets, self.weight.float(), padding=1)
+        return found.to(level.dtype)  # type: ignore[no-any-return]
+
+
 class Scale(nn.Module):
     """One learnable factor per pyramid level, starting at 1."""
 
@@ -94,9 +124,11 @@ class Scale(nn.Module):
         return level * self.scale
 
 
-def predictor(in_channels: int, out_channels: int, prior: float | None = None) -> nn.Conv2d:
-    """The last 3x3 convolution; `prior` is the initial score of every class (focal loss paper)."""
-    conv = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+def predictor(
+    in_channels: int, out_channels: int, prior: float | None = None, kernel: int = 3
+) -> nn.Conv2d:
+    """The last convolution; `prior` is the initial score of every class (focal loss paper)."""
+    conv = nn.Conv2d(in_channels, out_channels, kernel, padding=kernel // 2)
     nn.init.normal_(conv.weight, std=0.01)
     bias = 0.0 if prior is None else -math.log((1 - prior) / prior)
     nn.init.constant_(conv.bias, bias)  # type: ignore[arg-type]

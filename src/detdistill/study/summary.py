@@ -17,6 +17,7 @@ Kind = Literal["teacher", "control", "method", "same_time"]
 
 TITLES = {
     "crosskd": "CrossKD",
+    "crosskd_roi": "CrossKD (RoI)",
     "mimic": "mimicking",
     "feature": "feature imitation",
     "soft_label": "soft labels",

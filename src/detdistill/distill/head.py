@@ -1,0 +1,341 @@
+"""HEAD, heterogeneous assistants (Wang et al., arXiv 2207.05345, ECCV 2022).
+
+Student and teacher have heads of different kinds, so their features do not compare. An assistant, a
+head of the teacher's kind on the student's pyramid, stands between: it learns from the ground truth
+and from the teacher's features (AKD), and the student's own head from the teacher's too (CKD). All
+gradients reach the student; the assistant is dropped after training.
+
+Settings are those of the released code, and of its authors' experiments where nothing is released;
+what neither settles is said to be reconstructed.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass, replace
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from detdistill.detectors.base import FPNDetector
+from detdistill.detectors.dense import DenseDetector
+from detdistill.detectors.roi_head import RoIHead
+from detdistill.detectors.two_stage import TwoStageDetector
+from detdistill.distill.adapters import check_same_classes, match_levels
+from detdistill.distill.assistants import (
+    AssistedMethod,
+    CellProjector,
+    DenseAssistant,
+    Projector,
+    RoIAssistant,
+    cell_projector,
+    cross_kind_loss,
+    fresh_roi_assistant,
+    mean_square,
+    mean_square_of_levels,
+    prefixed,
+    require_own_head,
+    tower_maps,
+)
+from detdistill.distill.method import METHODS, Step
+from detdistill.errors import UserError
+from detdistill.registry import AtLeastOne
+from detdistill.structures import DenseOutput, Proposals
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What HEAD does for a pair; None where it is left to the kind of the pair."""
+
+    akd: bool
+    ckd: bool | None
+    akd_weight: float | None
+    ckd_weight: float | None
+    assistant_warmup: bool | None
+    projector: Projector
+    proposals: int
+
+    def completed(
+        self, *, ckd: bool, akd_weight: float, ckd_weight: float, assistant_warmup: bool
+    ) -> Settings:
+        """The same with published values where none were given."""
+        return replace(
+            self,
+            ckd=ckd if self.ckd is None else self.ckd,
+            akd_weight=akd_weight if self.akd_weight is None else self.akd_weight,
+            ckd_weight=ckd_weight if self.ckd_weight is None else self.ckd_weight,
+            assistant_warmup=(
+                assistant_warmup if self.assistant_warmup is None else self.assistant_warmup
+            ),
+        )
+
+
+@METHODS.register("head")
+class HEAD(AssistedMethod):
+    """Distillation between heads of different kinds; without arguments as published for the pair.
+
+    Terms: `head/assistant_...`, the assistant's own losses; `head/akd_...`, the mean squared
+    difference between its features, after an adapter, and the teacher's; `head/ckd...`, the same
+    for the student's own features. Three kinds of pairs:
+
+    - RetinaNet, FCOS or another dense student with a two-stage teacher. The assistant is a copy of
+      the teacher's RoI head on the student's four finest levels, its boxes are the student's own
+      detections. `akd_1`, `akd_2`: the shared layers. `ckd`: the student's class tower where each
+      box came from, towards the second shared layer.
+    - A dense teacher, e.g. RepPoints. The assistant is a copy of its dense head. `akd_tower_cls`,
+      `akd_tower_box` and, for RepPoints, `akd_init`, `akd_cls`, `akd_refine`: maps, on every level.
+      `ckd_cls`, `ckd_box` (off, as in the published experiment; reconstructed): the middle of the
+      student's towers towards the end of the teacher's.
+    - A two-stage student with a two-stage teacher of another family, e.g. Cascade R-CNN. As the
+      first, on the student's sampled boxes; `akd_1_1` to `akd_3_2` for three stages. `ckd` (off, as
+      published): the student's second shared layer towards that of the teacher's first stage.
+
+    AKD and CKD warm up over 2000 steps (`warmup`). For a pair of one family HEAD is the imitation
+    of the pyramid: the method `feature`.
+
+    Args:
+        akd: distil into the assistant.
+        ckd: distil into the student's own head. With both off the assistant learns from the ground
+            truth alone; it then needs no teacher, and starts untrained without one.
+        akd_weight: factor of each AKD term.
+        ckd_weight: factor of each CKD term.
+        ckd_projector: "single" as released, or "per_anchor", a projection for each anchor of a
+            cell, as in the paper's own experiments.
+        assistant_warmup: the assistant's own losses warm up too.
+        proposals: of the student, per image, of which at most 512 are drawn.
+    """
+
+    def __init__(
+        self,
+        *,
+        akd: bool = True,
+        ckd: bool | None = None,
+        akd_weight: float | None = None,
+        ckd_weight: float | None = None,
+        ckd_projector: Projector = "single",
+        assistant_warmup: bool | None = None,
+        proposals: AtLeastOne = 1000,
+    ) -> None:
+        """None means the published value for the pair."""
+        super().__init__()
+        self.needs_teacher = akd or ckd is not False
+        self.settings = Settings(
+            akd, ckd, akd_weight, ckd_weight, assistant_warmup, ckd_projector, proposals
+        )
+        self.link: RoILink | DenseLink
+
+    def prepare(self, student: FPNDetector, teacher: FPNDetector | None) -> None:
+        """Checks the pair, fills in the published settings, builds assistant and adapters."""
+        for model in (student, teacher):
+            require_own_head(model, "head")
+        if teacher is not None:
+            _check_pair(student, teacher)
+        if isinstance(teacher, DenseDetector):
+            self.settings = self.settings.completed(
+                akd_weight=1.0, ckd=False, ckd_weight=1.0, assistant_warmup=True
+            )
+            self.link = DenseLink(student, teacher, self.settings)
+            self.teacher_stage = "head"
+        else:
+            self.settings = _for_roi_assistant(self.settings, student)
+            self.link = RoILink(student, cast("TwoStageDetector | None", teacher), self.settings)
+            self.teacher_stage = "pyramid"
+        self.assistant_warmup = bool(self.settings.assistant_warmup)
+        self.weights = self.link.weights
+        self.truth_terms = frozenset(t for t in self.weights if t.startswith("assistant"))
+
+    def forward(self, step: Step) -> dict[str, Tensor]:
+        """Raw terms, as the class says."""
+        return self.link(step)  # type: ignore[no-any-return]
+
+
+def _check_pair(student: FPNDetector, teacher: FPNDetector) -> None:
+    if student.family == teacher.family:
+        raise UserError(
+            f"head is for heads of different kinds, and {student.name} and {teacher.name} are both "
+            f"{student.family}; between such a pair it is imitation of the pyramid: use the method "
+            f"'feature'"
+        )
+    check_same_classes(student, teacher, "head")
+
+
+def _for_roi_assistant(settings: Settings, student: FPNDetector) -> Settings:
+    if isinstance(student, TwoStageDetector):
+        return settings.completed(akd_weight=1.0, ckd=False, ckd_weight=2.0, assistant_warmup=True)
+    weight = 1.0 if student.family == "fcos" else 2.0
+    return settings.completed(akd_weight=2.0, ckd=True, ckd_weight=weight, assistant_warmup=False)
+
+
+class RoILink(nn.Module):
+    """Assistant and distillation where the teacher's head looks at boxes.
+
+    Args:
+        student: any detector that makes proposals.
+        teacher: two-stage, or None for an untrained assistant.
+        settings: complete.
+
+    Raises:
+        UserError: when the student or its boxes are not what the settings need.
+    """
+
+    def __init__(
+        self, student: FPNDetector, teacher: TwoStageDetector | None, settings: Settings
+    ) -> None:
+        """Builds assistant, adapters and projector, and fills `weights`."""
+        super().__init__()
+        self.settings = settings
+        self.assistant = _roi_assistant(student, teacher)
+        taught = {} if teacher is None else teacher.loss_weights
+        self.weights = {f"assistant_{t}": taught.get(t, 1.0) for t in self.assistant.terms}
+        self.adapters = nn.ModuleDict()
+        if settings.akd:
+            self._add_akd()
+        self.projector: nn.Module | None = None
+        if settings.ckd:
+            self._add_ckd(student)
+
+    def _add_akd(self) -> None:
+        assert self.settings.akd_weight is not None
+        for stage, suffix in enumerate(self.assistant.suffixes):
+            for layer, shared in enumerate(self.assistant.head(stage).shared, 1):
+                width = cast(nn.Linear, shared).out_features
+                self.adapters[f"akd{suffix}_{layer}"] = nn.Linear(width, width)
+        self.weights |= dict.fromkeys(self.adapters, self.settings.akd_weight)
+
+    def _add_ckd(self, student: FPNDetector) -> None:
+        assert self.settings.ckd_weight is not None
+        width = cast(nn.Linear, self.assistant.head(0).shared[-1]).out_features
+        if isinstance(student, DenseDetector):
+            self.projector = cell_projector(student, width, self.settings.projector)
+        elif self.settings.projector == "per_anchor":
+            raise UserError(
+                f"head: ckd_projector 'per_anchor' needs to know which anchor of the student's own "
+                f"head each box came from, and the boxes of {student.name} have moved on since; "
+                f"use 'single', or a dense student such as retinanet_r18"
+            )
+        else:
+            shared = cast(RoIHead, cast(TwoStageDetector, student).roi_heads[0]).shared
+            own = cast(nn.Linear, shared[-1]).out_features
+            self.projector = nn.Linear(own, width, bias=False)
+        self.weights["ckd"] = self.settings.ckd_weight
+
+    def forward(self, step: Step) -> dict[str, Tensor]:
+        """Raw terms of a step."""
+        rois = self.assistant.boxes(step, self.settings.proposals)
+        seen = self.assistant(step.student.pyramid, rois, step.targets)
+        terms = prefixed("assistant", self.assistant.losses(seen))
+        stages = len(seen) if self.settings.akd else int(self.projector is not None)
+        for stage in range(stages):
+            rois, found = seen[stage]
+            wanted = self._teacher_features(step, rois, stage)
+            if self.settings.akd:
+                for layer, pair in enumerate(zip(found.features, wanted, strict=True), 1):
+                    name = f"akd{self.assistant.suffixes[stage]}_{layer}"
+                    terms[name] = mean_square(self.adapters[name](pair[0]), pair[1])
+            if stage == 0 and self.projector is not None:
+                terms["ckd"] = self._ckd(step, rois, wanted[-1])
+        return terms
+
+    @torch.no_grad()
+    def _teacher_features(self, step: Step, rois: Proposals, stage: int) -> list[Tensor]:
+        """The teacher's shared layers on the same boxes, from its own pyramid."""
+        assert step.teacher is not None
+        teacher = cast(TwoStageDetector, step.teacher_model)
+        return teacher.roi(step.teacher.pyramid, rois, stage).features
+
+    def _ckd(self, step: Step, rois: Proposals, wanted: Tensor) -> Tensor:
+        assert self.projector is not None
+        if isinstance(step.student_model, TwoStageDetector):
+            own = step.student_model.roi(step.student.pyramid, rois).features[-1]
+            return mean_square(self.projector(own), wanted)
+        return cross_kind_loss(cast(CellProjector, self.projector), step.student, rois, wanted)
+
+
+def _roi_assistant(student: FPNDetector, teacher: TwoStageDetector | None) -> RoIAssistant:
+    """A copy of the teacher's RoI heads, which is trained on, or an untrained one."""
+    if teacher is not None:
+        heads = copy.deepcopy(teacher.roi_heads)
+        return RoIAssistant(heads, student.pyramid_channels, teacher.pyramid_channels)
+    if isinstance(student, TwoStageDetector):
+        raise UserError(
+            f"head without a teacher gives the student an R-CNN assistant, and {student.name} has "
+            f"such a head itself; choose a dense student, or the method 'tf_head'"
+        )
+    return fresh_roi_assistant(student.num_classes, student.pyramid_channels)
+
+
+class DenseLink(nn.Module):
+    """Assistant and distillation where the teacher's head is dense.
+
+    Args:
+        student: of any kind; with class and box towers for CKD.
+        teacher: dense.
+        settings: complete.
+
+    Raises:
+        UserError: when the pyramids do not fit or CKD has no towers to read.
+    """
+
+    def __init__(self, student: FPNDetector, teacher: DenseDetector, settings: Settings) -> None:
+        """Builds assistant and adapters, and fills `weights`."""
+        super().__init__()
+        assert settings.akd_weight is not None and settings.ckd_weight is not None
+        self.assistant = DenseAssistant(
+            teacher.head_only(),
+            student.strides,
+            student.pyramid_channels,
+            teacher.pyramid_channels,
+            "head",
+        )
+        self.inner, self.end = teacher.inner_maps, teacher.tower_depth
+        self.weights = prefixed("assistant", dict(teacher.loss_weights))
+        width = teacher.tower_channels_at(self.end)
+        self.adapters, self.projectors = nn.ModuleDict(), nn.ModuleDict()
+        if settings.akd:
+            for name in ("tower_cls", "tower_box", *self.inner):
+                self.adapters[name] = nn.Conv2d(width, width, 1)
+            self.weights |= prefixed("akd", dict.fromkeys(self.adapters, settings.akd_weight))
+        if settings.ckd:
+            self._add_ckd(student, teacher, settings.projector)
+            self.weights |= prefixed("ckd", dict.fromkeys(self.projectors, settings.ckd_weight))
+
+    def _add_ckd(self, student: FPNDetector, teacher: DenseDetector, projector: Projector) -> None:
+        if not isinstance(student, DenseDetector):
+            raise UserError(
+                f"head: ckd with the dense teacher {teacher.name} needs a student with class and "
+                f"box towers, which {student.name} has not; leave ckd out"
+            )
+        if projector == "per_anchor":
+            raise UserError(
+                f"head: ckd_projector 'per_anchor' is for boxes that came from anchors, and the "
+                f"dense teacher {teacher.name} needs none; use 'single'"
+            )
+        self.levels = match_levels(student.strides, teacher.strides, "head")
+        self.depth = student.tower_depth // 2  # published: the second of four
+        widths = student.tower_channels_at(self.depth), teacher.tower_channels_at(self.end)
+        for branch in ("cls", "box"):
+            self.projectors[branch] = nn.Conv2d(*widths, 1)
+
+    def forward(self, step: Step) -> dict[str, Tensor]:
+        """Raw terms of a step."""
+        output = self.assistant(step.student.pyramid)
+        terms = prefixed("assistant", self.assistant.losses(output, step.targets))
+        if self.adapters:
+            assert step.teacher is not None
+            own, wanted = self._maps(output), self._maps(step.teacher)
+            for name, adapter in self.adapters.items():
+                found = [adapter(level) for level in own[name]]
+                terms[f"akd_{name}"] = mean_square_of_levels(found, wanted[name])
+        for branch, projector in self.projectors.items():
+            assert step.teacher is not None
+            towers = tower_maps(step.student, branch, self.depth)
+            found = [projector(towers[level]) for level in self.levels]
+            taught = tower_maps(step.teacher, branch, self.end)
+            terms[f"ckd_{branch}"] = mean_square_of_levels(found, taught)
+        return terms
+
+    def _maps(self, output: DenseOutput) -> dict[str, list[Tensor]]:
+        """By the names of the adapters."""
+        towers = {f"tower_{b}": tower_maps(output, b, self.end) for b in ("cls", "box")}
+        return towers | {name: output.features[name] for name in self.inner}
