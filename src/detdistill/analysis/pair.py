@@ -20,7 +20,7 @@ class View:
     """What one model makes of one image.
 
     Attributes:
-        backbone: its maps (1, C, H, W) by stride.
+        backbone: its maps (1, C, H, W) by stride; none where they cannot be told.
         pyramid: what its head runs on.
         output: its dense head's output; None where it has no such head.
     """
@@ -109,11 +109,16 @@ class Pair:
 def view(model: FPNDetector, batch: Batch) -> View:
     """Runs a model on a batch of one image."""
     images = model.normalize(batch)
-    maps = model.backbone(images)
-    pyramid = model.fpn(maps)
+    backbone: dict[int, Tensor] = {}
+    if hasattr(model, "fpn"):
+        maps = model.backbone(images)
+        # Batches are padded to a multiple of every backbone stride.
+        backbone = {images.shape[-1] // m.shape[-1]: m for m in maps}
+        pyramid = model.fpn(maps)
+    else:  # a view of a torchvision model, which does not tell the two apart
+        pyramid = model.pyramid(images)
     output = model.head(pyramid) if isinstance(model, DenseHead) else None
-    # Batches are padded to a multiple of every backbone stride.
-    return View({images.shape[-1] // m.shape[-1]: m for m in maps}, pyramid, output)
+    return View(backbone, pyramid, output)
 
 
 def split_levels(values: Tensor, output: DenseOutput) -> list[Tensor]:

@@ -79,10 +79,12 @@ def mean_similarity(row: Mapping[str, float | None]) -> float | None:
 
 
 def percent(share: float | None) -> str:
-    """A share 0..1 for people, with two significant digits where it is small."""
+    """A share 0..1 for people; 0 % and 100 % mean none and all."""
     if share is None:
         return NONE
     value = 100 * share
+    if 99.5 <= value < 100:
+        return f"{min(value, 99.9):.1f} %"
     return f"{value:.0f} %" if value >= 10 or value == 0 else f"{value:.2g} %"
 
 
