@@ -9,6 +9,7 @@ from detdistill.analysis.pair import (
     best_of_cell,
     evenly,
     level_scores,
+    places_of,
     split_levels,
 )
 from detdistill.errors import UserError
@@ -87,3 +88,16 @@ def test_evenly_draws_by_the_seed_alone():
     torch.manual_seed(99)
     assert torch.equal(drawn, evenly(1000, 50, seed=3))
     assert not torch.equal(drawn, evenly(1000, 50, seed=4))
+
+
+def test_a_view_of_torchvision_has_no_backbone_of_its_own(look):
+    from torchvision.models.detection import retinanet_resnet50_fpn
+
+    from detdistill import as_detector
+
+    model = retinanet_resnet50_fpn(weights=None, weights_backbone=None, num_classes=4)
+    pair = Pair(narrow("retinanet_r18", 3), as_detector(model, labels=range(1, 4)))
+    sample = look(pair)
+    assert sample.student.backbone == {} and len(sample.student.pyramid) == 5
+    assert not pair.same_anchors  # torchvision rounds its anchors
+    assert ("cls 4", "8") in places_of(sample.student, ends=False)

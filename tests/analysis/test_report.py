@@ -6,13 +6,11 @@ from dataclasses import replace
 import pytest
 import torch
 
-from detdistill.analysis.pair import Pair
 from detdistill.analysis.report import write_analysis
 from detdistill.analysis.run import analyze
 from detdistill.analysis.words import caveats, percent, plain, summarise
-from tests.analysis.test_run import NeckOnly, pair_of
+from tests.analysis.test_run import pair_of
 from tests.drawing.page_reader import read_page
-from tests.helpers import narrow
 
 FACTS = {"teacher": "gfl_r18, <teacher>", "student": "gfl_r18, runs/student"}
 
@@ -38,8 +36,13 @@ def disagreeing():
     return pair
 
 
-def test_the_page_needs_nothing_beside(dataset, recipe, tmp_path):
-    sentences, text, numbers = write(tmp_path / "out", disagreeing(), dataset, recipe)
+@pytest.fixture(scope="module")
+def written(dataset, recipe, tmp_path_factory):
+    return write(tmp_path_factory.mktemp("page") / "out", disagreeing(), dataset, recipe)
+
+
+def test_the_page_needs_nothing_beside(written):
+    sentences, text, numbers = written
     page = read_page(text)
     assert page.fetched == [] and page.silent == []
     assert "url(" not in text.replace("url(#", "") and "@import" not in text
@@ -54,16 +57,12 @@ def test_the_page_needs_nothing_beside(dataset, recipe, tmp_path):
     assert numbers["images"] == 6 and numbers["left_out"] == {}
 
 
-def test_the_same_in_every_build(dataset, recipe, tmp_path):
-    pair = disagreeing()
-    write(tmp_path / "first", pair, dataset, recipe, images=2)
-    write(tmp_path / "second", pair, dataset, recipe, images=2)
-    for name in ("report.html", "analysis.json"):
-        assert (tmp_path / "first" / name).read_bytes() == (tmp_path / "second" / name).read_bytes()
+def test_the_same_in_every_build(written, dataset, recipe, tmp_path):
+    assert write(tmp_path / "again", disagreeing(), dataset, recipe) == written
 
 
 def test_what_does_not_apply_is_said(dataset, recipe, tmp_path):
-    pair = Pair(NeckOnly(), narrow(num_classes=10))
+    pair = pair_of("faster_rcnn_r18")
     sentences, text, numbers = write(tmp_path / "out", pair, dataset, recipe, images=3)
     assert text.count("Left out for this pair") == 3
     assert [name for name in numbers["left_out"]] == ["conflict", "ranks", "imitation"]
@@ -117,5 +116,5 @@ def test_the_last_block_speaks_for_its_tower():
     stages = {"backbone": {"8": 0.5, "16": None}, "cls 1": {"8": 0.9}, "cls 2": {"8": 0.25}}
     numbers = {"conflict": None, "ranks": None, "imitation": None}
     [sentence] = summarise({**numbers, "similarity": {"stages": stages}})
-    assert "backbone 0.50" in sentence and "end of the cls tower 0.25" in sentence
+    assert "backbone 0.50" in sentence and "cls (last) 0.25" in sentence
     assert "0.90" not in sentence

@@ -8,32 +8,12 @@ import torch
 
 from detdistill.analysis.pair import Pair
 from detdistill.analysis.run import analyze
-from detdistill.detectors.base import FPNDetector
 from detdistill.errors import UserError
 from tests.helpers import narrow
 
 
 def pair_of(teacher="gfl_r18", student="gfl_r18", **options):
     return Pair(narrow(teacher, 10, 0), narrow(student, 10, 1, **options))
-
-
-class NeckOnly(FPNDetector):
-    """A detector whose head is of another kind: it shows a pyramid and no dense head."""
-
-    family = "neck_only"
-    loss_weights = {}
-
-    def __init__(self):
-        super().__init__(
-            backbone="resnet18",
-            num_classes=10,
-            pretrained=False,
-            base_channels=8,
-            frozen_stages=0,
-            norm_eval=False,
-            fpn_channels=16,
-            fpn_extra="p5",
-        )
 
 
 def test_every_part_is_measured(dataset, recipe):
@@ -82,11 +62,14 @@ def test_unlike_heads(teacher, student, left_out, dataset, recipe):
         assert (numbers[part] is None) == (part in left_out)
 
 
-def test_a_teacher_without_a_dense_head(dataset, recipe):
-    pair = Pair(NeckOnly(), narrow(num_classes=10))
+def test_a_two_stage_teacher(dataset, recipe):
+    pair = pair_of("faster_rcnn_r18")
     numbers = analyze(pair, dataset, recipe, images=3).numbers()
     assert set(numbers["left_out"]) == {"conflict", "ranks", "imitation"}
-    assert list(numbers["similarity"]["stages"]) == ["backbone", "pyramid"]
+    stages = numbers["similarity"]["stages"]
+    assert list(stages) == ["backbone", "pyramid", "own head"]
+    assert list(stages["backbone"]) == list(stages["pyramid"])[:3] == ["8", "16", "32"]
+    assert list(stages["own head"]) == ["boxes"]
 
 
 def test_labels_follow_the_models_names(dataset, recipe):

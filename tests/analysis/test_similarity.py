@@ -2,19 +2,21 @@
 
 import torch
 
-from detdistill.analysis.similarity import Similarity, places_of
+from detdistill.analysis.pair import places_of
+from detdistill.analysis.similarity import Similarity
 
 STAGES = ["backbone", "pyramid", *(f"{b} {d}" for b in ("cls", "box") for d in (1, 2, 3, 4))]
 
 
 def test_places_are_named_by_stage_and_stride(make_pair, look):
     sample = look(make_pair())
-    places = places_of(sample.student)
-    assert places["backbone", 16] is sample.student.backbone[16]
-    assert places["pyramid", 64] is sample.student.pyramid[3]
+    places = places_of(sample.student, ends=True)
+    assert places["backbone", "16"] is sample.student.backbone[16]
+    assert places["pyramid", "64"] is sample.student.pyramid[3]
     towers = sample.student.dense.towers
-    assert places["box 2", 8] is towers["box"][0][2]
-    assert places["cls end", 32] is towers["cls"][2][4]
+    assert places["box 2", "8"] is towers["box"][0][2]
+    assert places["cls end", "32"] is towers["cls"][2][4]
+    assert ("cls end", "32") not in places_of(sample.student, ends=False)
 
 
 def test_equal_models_are_alike(make_pair, look):
@@ -51,9 +53,9 @@ def test_only_what_both_have_is_compared(make_pair):
     part = Similarity(make_pair())
     torch.manual_seed(0)
     level = torch.randn(1, 4, 5, 6)
-    student = {("pyramid", 8): level, ("box 1", 8): level}
-    part.compare({("pyramid", 8): 2 * level, ("cls 1", 8): level}, student, seed=0)
-    assert list(part.meters) == [("pyramid", 8)]
+    student = {("pyramid", "8"): level, ("box 1", "8"): level}
+    part.compare({("pyramid", "8"): 2 * level, ("cls 1", "8"): level}, student, seed=0)
+    assert list(part.meters) == [("pyramid", "8")]
     assert part.numbers()["stages"]["pyramid"]["8"] > 0.999
 
 
@@ -62,6 +64,6 @@ def test_positions_are_drawn_alike_from_both_sides(make_pair):
     part = Similarity(make_pair())
     torch.manual_seed(0)
     level = torch.randn(1, 4, 30, 30)
-    part.compare({("pyramid", 8): level}, {("pyramid", 8): -level}, seed=3)
+    part.compare({("pyramid", "8"): level}, {("pyramid", "8"): -level}, seed=3)
     assert part.numbers()["stages"]["pyramid"]["8"] > 0.999
-    assert part.meters["pyramid", 8].count == 128
+    assert part.meters["pyramid", "8"].count == 128

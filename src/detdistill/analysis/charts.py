@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -106,10 +107,9 @@ def imitation_chart(numbers: Numbers, table: NDArray[np.float64]) -> str:
 def similarity_chart(numbers: Numbers) -> str | None:
     """CKA by stage and stride as a coloured table."""
     stages = numbers["stages"]
-    strides = sorted({int(stride) for row in stages.values() for stride in row})
-    values = np.array(
-        [[_plain(row.get(str(stride))) for stride in strides] for row in stages.values()]
-    )
+    columns = list(dict.fromkeys(column for row in stages.values() for column in row))
+    columns.sort(key=lambda column: int(column) if column.isdecimal() else math.inf)
+    values = np.array([[_plain(row.get(column)) for column in columns] for row in stages.values()])
     if not values.size:
         return None
     with matplotlib.rc_context(STYLE):
@@ -126,7 +126,8 @@ def similarity_chart(numbers: Numbers) -> str | None:
                 va="center",
                 color="#000000" if value > 0.55 else "#ffffff",
             )
-        axes.set_xticks(np.arange(len(strides)) + 0.5, [f"stride {s}" for s in strides])
+        names = [f"stride {name}" if name.isdecimal() else name for name in columns]
+        axes.set_xticks(np.arange(len(columns)) + 0.5, names)
         axes.set_yticks(np.arange(len(stages)) + 0.5, list(stages))
         axes.invert_yaxis()
         axes.grid(visible=False)

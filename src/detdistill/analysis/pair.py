@@ -14,6 +14,8 @@ from detdistill.detectors.stages import DenseHead
 from detdistill.distill.adapters import check_same_classes
 from detdistill.structures import Batch, DenseOutput, Pyramid, Targets, flatten_maps
 
+Place = tuple[str, str]  # the name of a stage; the stride of its map, or what else it stands on
+
 
 @dataclass(frozen=True)
 class View:
@@ -119,6 +121,28 @@ def view(model: FPNDetector, batch: Batch) -> View:
         pyramid = model.pyramid(images)
     output = model.head(pyramid) if isinstance(model, DenseHead) else None
     return View(backbone, pyramid, output)
+
+
+def places_of(view: View, *, ends: bool) -> dict[Place, Tensor]:
+    """All maps (1, C, H, W) of one model by place: "backbone", "pyramid" and its towers."""
+    maps = {("backbone", str(stride)): level for stride, level in view.backbone.items()}
+    for stride, level in zip(view.pyramid.strides, view.pyramid, strict=True):
+        maps["pyramid", str(stride)] = level
+    return maps if view.output is None else maps | tower_places(view.output, ends=ends)
+
+
+def tower_places(
+    output: DenseOutput, *, prefix: str = "", ends: bool = False
+) -> dict[Place, Tensor]:
+    """The maps of the towers by place: "cls 1" for the first block, with `ends` also "cls end"."""
+    maps: dict[Place, Tensor] = {}
+    for branch, levels in output.towers.items():
+        for stride, depths in zip(output.pyramid.strides, levels, strict=True):
+            for depth, level in enumerate(depths[1:], 1):
+                maps[f"{prefix}{branch} {depth}", str(stride)] = level
+            if ends:
+                maps[f"{prefix}{branch} end", str(stride)] = depths[-1]
+    return maps
 
 
 def split_levels(values: Tensor, output: DenseOutput) -> list[Tensor]:

@@ -77,8 +77,8 @@ def write_analysis(
 
 
 def _sections(findings: Findings, numbers: Numbers, dataset: DetectionDataset) -> dict[str, str]:
-    found = {"similarity": similarity_section(numbers["similarity"])}
-    found |= {name: left_out(reason) for name, reason in findings.left_out.items()}
+    found = {name: left_out(reason) for name, reason in findings.left_out.items()}
+    found["similarity"] = found.pop("assistant", "") + similarity_section(numbers["similarity"])
     if findings.conflict is not None:
         found["conflict"] = conflict_section(findings.conflict, numbers["conflict"], dataset)
     if findings.ranks is not None:

@@ -14,6 +14,7 @@ from detdistill.analysis.pair import Pair, Sample
 from detdistill.analysis.ranks import Ranks
 from detdistill.analysis.similarity import Similarity
 from detdistill.data import DetectionDataset, make_eval_batches
+from detdistill.distill.assistants import DenseAssistant, RoIAssistant
 from detdistill.evaluation.run import category_ids_of
 from detdistill.recipe import Recipe
 from detdistill.structures import IGNORE, Batch, Targets
@@ -72,6 +73,7 @@ def analyze(
     *,
     images: int | None = None,
     examples: int = EXAMPLES,
+    assistant: DenseAssistant | RoIAssistant | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> Findings:
     """Measures what teacher and student disagree on.
@@ -82,6 +84,7 @@ def analyze(
         recipe: its resize settings and `workers` are used, no augmentation.
         images: at most so many, evenly spread over the split; None takes all.
         examples: images or objects to keep per part, to be drawn.
+        assistant: that HEAD trained for the student (see `load_assistant`).
         progress: called after each image with 1.
 
     Returns:
@@ -94,7 +97,7 @@ def analyze(
     labels = _labels(pair, dataset)
     # One image at a time: memory stays bounded, and no number depends on what shares its batch.
     batches = make_eval_batches(dataset, recipe.model_copy(update={"eval_batch": 1}), most=images)
-    findings = _empty(pair, len(batches), examples)
+    findings = _empty(pair, len(batches), examples, Similarity(pair, assistant))
     for batch, (index,) in batches:
         findings.add(_sample(pair, batch, index, dataset, labels))
         if progress is not None:
@@ -102,7 +105,7 @@ def analyze(
     return findings
 
 
-def _empty(pair: Pair, images: int, examples: int) -> Findings:
+def _empty(pair: Pair, images: int, examples: int, similarity: Similarity) -> Findings:
     reasons = {
         "conflict": Conflict.left_out(pair),
         "ranks": Ranks.left_out(pair),
@@ -111,7 +114,7 @@ def _empty(pair: Pair, images: int, examples: int) -> Findings:
     left_out = {name: reason for name, reason in reasons.items() if reason is not None}
     return Findings(
         pair,
-        Similarity(pair),
+        similarity,
         conflict=None if "conflict" in left_out else Conflict(pair, examples),
         ranks=None if "ranks" in left_out else Ranks(pair, examples),
         imitation=None if "imitation" in left_out else Imitation(pair, images, examples),

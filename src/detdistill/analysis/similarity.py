@@ -1,8 +1,8 @@
-"""How alike the features of both models are, from the backbone to the ends of the towers.
+"""How alike the features of both models are, from the backbone to the ends of the heads.
 
 HEAD (Wang et al., arXiv 2207.05345) argues from it: heads of unlike kinds make unlike features of
-equal inputs, so a student's head cannot simply imitate another kind's. Measured is linear CKA over
-positions drawn from each map, which asks for equal positions, not for equal widths.
+equal inputs. Measured is linear CKA over positions drawn from each map, or over boxes that both
+heads look at; it asks for the same positions, not for equal widths.
 """
 
 from __future__ import annotations
@@ -13,55 +13,62 @@ from typing import Any
 
 from torch import Tensor
 
-from detdistill.analysis.pair import Pair, Sample, View, evenly
+from detdistill.analysis.heads import assistant_places, rows_on_boxes
+from detdistill.analysis.pair import Pair, Place, Sample, evenly, places_of
 from detdistill.analysis.statistics import LinearCKA
+from detdistill.distill.assistants import DenseAssistant, RoIAssistant
 
 POSITIONS = 128  # per map and image
-END = " end"
-Place = tuple[str, int]  # the name of a stage, the stride of its map
-
-
-def places_of(view: View) -> dict[Place, Tensor]:
-    """All maps (1, C, H, W) of one model: "backbone", "pyramid", "cls 1".."cls 4", "cls end"..."""
-    maps: dict[Place, Tensor] = {("backbone", s): level for s, level in view.backbone.items()}
-    strides = view.pyramid.strides
-    maps |= {("pyramid", s): level for s, level in zip(strides, view.pyramid, strict=True)}
-    towers = {} if view.output is None else view.output.towers
-    for branch, levels in towers.items():
-        for stride, depths in zip(strides, levels, strict=True):
-            maps |= {(f"{branch} {d}", stride): level for d, level in enumerate(depths) if d}
-            maps[f"{branch}{END}", stride] = depths[-1]
-    return maps
+ON_BOXES = "boxes"
 
 
 class Similarity:
-    """CKA of every place that both models have, over a stream of images."""
+    """CKA of every place that both models have, over a stream of images.
 
-    def __init__(self, pair: Pair) -> None:
+    An assistant, where one is given, is compared with the teacher's head beside the student's own.
+    """
+
+    def __init__(self, pair: Pair, assistant: DenseAssistant | RoIAssistant | None = None) -> None:
         """Nothing seen yet."""
+        self.pair, self.assistant = pair, assistant
         self.meters: dict[Place, LinearCKA] = {}
         depths = [getattr(model, "tower_depth", 0) for model in (pair.teacher, pair.student)]
-        self.ends = depths[0] != depths[1]  # else they are the last blocks
+        # The ends of towers of one depth are their last blocks, which are compared anyway.
+        self.ends = depths[0] != depths[1]
 
     def add(self, sample: Sample) -> None:
         """Adds the positions of one image."""
-        self.compare(places_of(sample.teacher), places_of(sample.student), sample.index)
+        teacher, student = (
+            places_of(view, ends=self.ends) for view in (sample.teacher, sample.student)
+        )
+        self.compare(teacher, student, sample.index)
+        boxes_assistant = None
+        if isinstance(self.assistant, DenseAssistant):
+            self.compare(*assistant_places(self.assistant, sample), sample.index)
+        else:
+            boxes_assistant = self.assistant
+        rows = rows_on_boxes(self.pair, sample, boxes_assistant)
+        for stage, (taught, found) in rows.items():
+            self.compare_rows((stage, ON_BOXES), taught, found)
 
     def compare(
         self, teacher: Mapping[Place, Tensor], student: Mapping[Place, Tensor], seed: int
     ) -> None:
         """Adds maps (1, C, H, W) by place; what only one side has is left out."""
         for place in student:
-            if place not in teacher or (place[0].endswith(END) and not self.ends):
-                continue
-            rows = [side[place][0].flatten(1).T for side in (teacher, student)]
-            kept = evenly(len(rows[0]), POSITIONS, seed).to(rows[0].device)
-            self.meters.setdefault(place, LinearCKA()).add(*(r[kept] for r in rows))
+            if place in teacher:
+                rows = [side[place][0].flatten(1).T for side in (teacher, student)]
+                kept = evenly(len(rows[0]), POSITIONS, seed).to(rows[0].device)
+                self.compare_rows(place, rows[0][kept], rows[1][kept])
+
+    def compare_rows(self, place: Place, teacher: Tensor, student: Tensor) -> None:
+        """Adds features (n, C1) and (n, C2) of the same n inputs."""
+        self.meters.setdefault(place, LinearCKA()).add(teacher, student)
 
     def numbers(self) -> dict[str, Any]:
         """For the JSON file: CKA by stage and stride, None where there are too few positions."""
         stages: dict[str, dict[str, float | None]] = {}
-        for (stage, stride), meter in self.meters.items():
+        for (stage, column), meter in self.meters.items():
             value = meter.value()
-            stages.setdefault(stage, {})[str(stride)] = None if math.isnan(value) else value
+            stages.setdefault(stage, {})[column] = None if math.isnan(value) else value
         return {"positions_per_map": POSITIONS, "stages": stages}

@@ -48,9 +48,9 @@ def summarise(numbers: Numbers) -> list[str]:
 
 
 def stage_group(stage: str) -> str:
-    """What a stage counts as in a sentence, where the last of a group speaks for it."""
-    branch, _, depth = stage.partition(" ")
-    return f"end of the {branch} tower" if depth else stage
+    """What a stage counts as in a sentence, where the last block of a group speaks for it."""
+    group, _, block = stage.rpartition(" ")
+    return f"{group} (last)" if block.isdecimal() or block == "end" else stage
 
 
 def caveats(numbers: Numbers) -> list[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -22,6 +22,7 @@ from detdistill.cli.using import at_input_size, load, show_faults
 from detdistill.errors import UserError
 
 if TYPE_CHECKING:
+    from detdistill.analysis.pair import Pair
     from detdistill.detectors import FPNDetector
     from detdistill.recipe import Recipe
 
@@ -95,6 +96,7 @@ def _analyze(
     from detdistill.data import open_dataset
 
     pair = Pair(_load(teacher), _load(student))
+    assistant, missed = _find_assistant(Path(student), pair)
     dataset = open_dataset(settings, split)
     show_faults(f"{dataset.source}", dataset.faults)
     settings = at_input_size(settings, pair.student)
@@ -106,8 +108,10 @@ def _analyze(
             dataset,
             settings,
             images=images,
+            assistant=assistant,
             progress=lambda n: progress.advance(task, n),
         )
+    findings.left_out.update(missed)
     facts = {
         "teacher": f"{pair.teacher.name}, {teacher}",
         "student": f"{pair.student.name}, {student}",
@@ -116,6 +120,16 @@ def _analyze(
     }
     checks.make_folder(out)
     return write_analysis(out, findings, dataset, facts)
+
+
+def _find_assistant(student: Path, pair: Pair) -> tuple[Any, dict[str, str]]:
+    """HEAD's assistant in the student's run folder, or why it cannot be compared."""
+    from detdistill.analysis.heads import load_assistant
+
+    try:
+        return load_assistant(student, pair), {}
+    except UserError as error:
+        return None, {"assistant": str(error)}
 
 
 def _load(given: str) -> FPNDetector:
