@@ -277,9 +277,7 @@ def test_published_builders(kind):
 
 
 def test_other_models_are_refused(model):
-    with pytest.raises(
-        UserError, match=r"as_detector takes torchvision's RetinaNet and FCOS.*Linear"
-    ):
+    with pytest.raises(UserError, match=r"as_detector takes torchvision's RetinaNet, FCOS.*Linear"):
         as_detector(nn.Linear(1, 1))
     with pytest.raises(UserError, match=r"labels holds \[4\]; the model has labels 0\.\.3"):
         as_detector(model, labels=[1, 4])

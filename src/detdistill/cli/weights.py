@@ -66,10 +66,10 @@ def _options(assignments: list[str] | None) -> dict[str, Any]:
 
 def _export(model: FPNDetector, out: Path) -> None:
     from detdistill.detectors import to_mmdetection_state
-    from detdistill.detectors.views import DenseView
+    from detdistill.detectors.view_base import TorchvisionView
     from detdistill.engine.checkpoint import save_checkpoint
 
-    if isinstance(model, DenseView):
+    if isinstance(model, TorchvisionView):
         state = {key: tensor.cpu() for key, tensor in model.model.state_dict().items()}
         content, framework = state, "torchvision"
         following = f'model.load_state_dict(torch.load("{out}"))'

@@ -23,7 +23,8 @@ from torchvision.models.detection.retinanet import RetinaNetHead
 from torchvision.ops import FrozenBatchNorm2d
 from torchvision.ops.feature_pyramid_network import LastLevelP6P7
 
-from detdistill.detectors.views import DenseView, as_detector
+from detdistill.detectors.view_base import TorchvisionView
+from detdistill.detectors.views import as_detector
 from detdistill.errors import UserError
 from detdistill.registry import AtLeastOne, checked_keywords
 
@@ -155,7 +156,7 @@ def architecture(state: dict[str, Tensor], file: Path) -> Architecture:
 
 def view_for(
     state: dict[str, Tensor], file: Path, wanted: str, options: dict[str, Any]
-) -> tuple[DenseView, dict[str, Tensor]]:
+) -> tuple[TorchvisionView, dict[str, Tensor]]:
     """A view of the model that a torchvision state_dict is of, and the state under its names."""
     facts = architecture(state, file)
     plain = f"{facts.family}_{facts.backbone}"
@@ -167,7 +168,7 @@ def view_for(
     return build(facts, settings), current_names(state)
 
 
-def build(facts: Architecture, settings: dict[str, Any]) -> DenseView:
+def build(facts: Architecture, settings: dict[str, Any]) -> TorchvisionView:
     """The model of these facts, with fresh weights, as a view; `settings`: see `Settings`."""
     norm = FrozenBatchNorm2d if facts.frozen_norm else nn.BatchNorm2d
     eps = settings["norm_eps"]
@@ -248,7 +249,7 @@ def published_eps(facts: Architecture, file: Path) -> float | None:
     return 0.0 if digest.startswith(NO_EPSILON) else None
 
 
-def settings_of(view: DenseView) -> dict[str, Any]:
+def settings_of(view: TorchvisionView) -> dict[str, Any]:
     """The `Settings` of a view's model, for model.json."""
     model = view.model
     transform, generator = model.transform, model.anchor_generator

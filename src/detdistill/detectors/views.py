@@ -1,155 +1,85 @@
-"""torchvision's dense detectors as they are: the same stages over the user's own model object."""
+"""torchvision's detectors as they are: the same stages over the user's own model object."""
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from typing import Any, Self
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torchvision.models.detection import FCOS, RetinaNet
-from torchvision.models.detection.anchor_utils import AnchorGenerator
+from torchvision.models.detection import FCOS, FasterRCNN, RetinaNet
 from torchvision.models.detection.fcos import FCOSHead
-from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.retinanet import RetinaNetHead
-from torchvision.ops import box_iou
 
 from detdistill.boxes import area, centers_xy, xyxy_to_ltrb
-from detdistill.detectors.base import blank_padding
 from detdistill.detectors.centerness import CenternessDetector
 from detdistill.detectors.dense import DenseDetector
+from detdistill.detectors.two_stage_views import FasterRCNNView
+from detdistill.detectors.view_base import (
+    AnchorView,
+    TorchvisionView,
+    decode_on,
+    limits,
+    match_rows,
+    tower_over,
+)
 from detdistill.errors import UserError
 from detdistill.parts.assigners import BACKGROUND, IGNORED
-from detdistill.parts.heads import Tower
 from detdistill.parts.losses import mean_over_processes
 from detdistill.structures import (
     Assignment,
-    Batch,
     DenseOutput,
     Detections,
     FlatPredictions,
-    Pyramid,
     Targets,
     flatten_maps,
 )
 
-PROBE = 256  # pixels: at least one cell at every stride up to 128
 TERMS = {"classification": "cls", "bbox_regression": "box", "bbox_ctrness": "quality"}
 
 
-def as_detector(model: nn.Module, *, labels: Sequence[int] | None = None) -> DenseView:
-    """A view of a torchvision RetinaNet or FCOS that shows our stages.
+def as_detector(model: nn.Module, *, labels: Sequence[int] | None = None) -> TorchvisionView:
+    """A view of a torchvision RetinaNet, FCOS or Faster R-CNN that shows our stages.
 
     The view has no parameters of its own: it trains, and distils, the very object it is given,
-    which the user goes on to use and to save as before. Losses, matching and post-processing are
+    which the user goes on to use and to save as before. Matching, sampling and post-processing are
     the model's own.
 
     Args:
-        model: what `torchvision.models.detection.retinanet_resnet50_fpn`, its v2 or
-            `fcos_resnet50_fpn` return, with any backbone.
-        labels: for each of our classes 0..K-1 the model's label, e.g. `range(1, 91)` where label 0
-            is the background, as torchvision's data sets have it; None takes all labels as they
-            are.
+        model: what the builders in `torchvision.models.detection` return, e.g.
+            `retinanet_resnet50_fpn_v2`; any backbone, but torchvision's own heads.
+        labels: for each of our classes 0..K-1 the model's label. None takes all labels of a
+            RetinaNet or an FCOS as they are (data sets of torchvision leave 0 to the background:
+            `range(1, 91)`), and all but the background's of a Faster R-CNN.
 
     Raises:
         UserError: for any other model, or a label that the model does not have.
     """
+    if isinstance(model, FasterRCNN):
+        return FasterRCNNView(model, labels)
     for kind, head, view in ((RetinaNet, RetinaNetHead, RetinaNetView), (FCOS, FCOSHead, FCOSView)):
         if isinstance(model, kind) and isinstance(model.head, head):
             return view(model, labels)
     raise UserError(
-        f"as_detector takes torchvision's RetinaNet and FCOS with their own heads, not "
-        f"{type(model).__module__}.{type(model).__name__}"
+        f"as_detector takes torchvision's RetinaNet, FCOS and Faster R-CNN with their own heads, "
+        f"not {type(model).__module__}.{type(model).__name__}"
     )
 
 
-class AnchorView:
-    """torchvision's anchors of a pyramid, by the generator of a model.
-
-    Unlike ours they are rounded to whole pixels, and their spacing is the size of the padded image
-    over that of the level, rounded down, which differs from the stride where a level ends in half a
-    cell.
-    """
-
-    def __init__(self, generator: AnchorGenerator, finest: int) -> None:
-        """`finest` is the stride of the finest level, which divides the padded image."""
-        self.generator, self.finest = generator, finest
-        counts = set(generator.num_anchors_per_location())
-        if len(counts) != 1:
-            raise UserError(
-                f"the model has {sorted(counts)} anchors per level; expected one number"
-            )
-        [self.per_location] = counts
-
-    @property
-    def key(self) -> tuple[object, ...]:
-        """Equal for generators that give equal anchors."""
-        return "torchvision", self.generator.sizes, self.generator.aspect_ratios, self.finest
-
-    def __call__(self, pyramid: Pyramid) -> list[Tensor]:
-        """Per level (H*W*A, 4) float32, xyxy pixels; location-major, anchors fastest."""
-        maps = [
-            level.new_empty((1, 1, *level.shape[-2:]), dtype=torch.float32) for level in pyramid
-        ]
-        height, width = (side * self.finest for side in maps[0].shape[-2:])
-        images = ImageList(maps[0].new_empty((1, 0, height, width)), [(height, width)])
-        [anchors] = self.generator(images, maps)
-        counts = [level.shape[-2] * level.shape[-1] * self.per_location for level in maps]
-        return list(anchors.split(counts))
-
-
-class DenseView(DenseDetector):
-    """What the views share; see `as_detector`.
-
-    Attributes:
-        model: the user's.
-        labels: the model's label of each class, or None.
-    """
+class DenseView(TorchvisionView, DenseDetector):
+    """What the views of dense detectors share; see `as_detector`."""
 
     masks_padding = False  # torchvision's cells beyond an image are background
 
     def __init__(self, model: Any, labels: Sequence[int] | None) -> None:
-        """Reads the facts off the model, and the strides off one pass of its backbone."""
-        nn.Module.__init__(self)  # the model brings what our detectors build
-        self.model = model
-        self.name = f"torchvision_{self.family}"
-        self.options: dict[str, Any] = {}
-        self.classes, self.reduce = None, "local"
-        transform, known = model.transform, model.head.classification_head.num_classes
-        self.labels = None if labels is None else [int(label) for label in labels]
-        wrong = [label for label in self.labels or [] if not 0 <= label < known]
-        if wrong or self.labels == []:
-            raise UserError(
-                f"labels holds {wrong or 'nothing'}; the model has labels 0..{known - 1}"
-            )
-        self.num_classes = known if self.labels is None else len(self.labels)
-        fixed = transform.fixed_size is not None
-        self.input_size = None if fixed else (transform.min_size[-1], transform.max_size)
-        mean, std = (torch.tensor(v) * 255 for v in (transform.image_mean, transform.image_std))
-        self.register_buffer("pixel_mean", mean, persistent=False)
-        self.register_buffer("pixel_std", std, persistent=False)
-        self.strides = _strides(model.backbone)
+        """All labels are classes, unless chosen: a sigmoid head has no background."""
+        super().__init__(model, labels, range(model.head.classification_head.num_classes))
+        self.reduce = "local"
         self.grid = AnchorView(model.anchor_generator, self.strides[0])  # type: ignore[assignment]
         heads = {"cls": model.head.classification_head, "box": model.head.regression_head}
         # No ModuleDict, which would register the model's layers for a second time.
-        self.towers = {branch: _tower(head.conv) for branch, head in heads.items()}  # type: ignore[assignment]
-
-    @property
-    def pyramid_channels(self) -> int:
-        """Channels of every pyramid level."""
-        return int(self.model.backbone.out_channels)
-
-    def normalize(self, batch: Batch) -> Tensor:
-        """Images to float32 (B, 3, H, W), in the model's own arithmetic; padding is 0."""
-        images: Tensor = self.model.transform.normalize(batch.images.float() / 255)
-        return blank_padding(images, batch.sizes)
-
-    def pyramid(self, images: Tensor) -> Pyramid:
-        """Normalised images (B, 3, H, W) to the maps of the model's backbone."""
-        return Pyramid(_maps(self.model.backbone(images)), self.strides)
+        self.towers = {b: tower_over(head.conv) for b, head in heads.items()}  # type: ignore[assignment]
 
     def predict_cls(self, end: Tensor) -> Tensor:
         """Tower end to (B, A*K, H, W), of the chosen labels alone."""
@@ -213,18 +143,11 @@ class DenseView(DenseDetector):
             for i in range(len(self.strides))
         ]
         outputs = {name: [level[name] for level in levels] for name in levels[0]}
-        with _limits(self.model, score_threshold, max_detections):
+        with limits(self.model, score_threshold, max_detections):
             found = self.model.postprocess_detections(
                 outputs, [output.anchors] * len(sizes), list(sizes)
             )
         return [Detections(one["boxes"], one["scores"], one["labels"]) for one in found]
-
-    def head_only(self) -> Self:
-        """A trainable copy without the backbone, to stand on another detector's pyramid."""
-        body = self.model._modules.pop("backbone")
-        assistant = copy.deepcopy(self)
-        self.model._modules["backbone"] = body
-        return assistant.requires_grad_(True)
 
 
 class RetinaNetView(DenseView):
@@ -236,19 +159,11 @@ class RetinaNetView(DenseView):
 
     def decode(self, boxes: Tensor, anchors: Tensor) -> Tensor:
         """Deltas (..., P, 4) to boxes (..., P, 4)."""
-        on = anchors.expand(boxes.shape).reshape(-1, 4)
-        decoded: Tensor = self.model.box_coder.decode_single(boxes.reshape(-1, 4), on)
-        return decoded.reshape(boxes.shape)
+        return decode_on(self.model.box_coder, boxes, anchors)
 
     def match(self, anchors: list[Tensor], valid: Tensor, targets: Targets) -> Tensor:
-        """By the model's own matcher, whose numbers for background and between are ours."""
-        flat, rows = self.flat_anchors(anchors), []
-        for boxes, present in zip(targets.boxes, targets.present, strict=True):
-            if present.any():
-                rows.append(self.model.proposal_matcher(box_iou(boxes[present], flat)))
-            else:
-                rows.append(torch.full((len(flat),), BACKGROUND, device=flat.device))
-        return torch.stack(rows)
+        """By the model's own matcher."""
+        return match_rows(self.model.proposal_matcher, self.flat_anchors(anchors), targets)
 
     def _rule(self) -> tuple[object, ...]:
         matcher = self.model.proposal_matcher
@@ -309,52 +224,3 @@ class FCOSView(DenseView, CenternessDetector):
 def _by_torchvisions_names(flat: FlatPredictions) -> dict[str, Tensor]:
     named = {"cls_logits": flat.logits, "bbox_regression": flat.boxes}
     return named if flat.quality is None else {**named, "bbox_ctrness": flat.quality[..., None]}
-
-
-def _maps(features: Tensor | Mapping[str, Tensor]) -> list[Tensor]:
-    return [features] if isinstance(features, Tensor) else list(features.values())
-
-
-def _strides(backbone: nn.Module) -> tuple[int, ...]:
-    """Of the maps, by one pass; every module keeps its mode and its statistics."""
-    modes = {module: module.training for module in backbone.modules()}
-    device = next(backbone.parameters()).device
-    with torch.no_grad():
-        maps = _maps(backbone.eval()(torch.zeros(1, 3, PROBE, PROBE, device=device)))
-    for module, mode in modes.items():
-        module.training = mode
-    return tuple(PROBE // level.shape[-1] for level in maps)
-
-
-def _tower(convolutions: nn.Module) -> Tower:
-    """The layers of a torchvision tower as the blocks of ours: each ends before its ReLU."""
-    blocks: list[list[nn.Module]] = [[]]
-    for layer in (m for m in convolutions.modules() if not list(m.children())):
-        if isinstance(layer, nn.ReLU):
-            blocks.append([])
-        else:
-            blocks[-1].append(layer)
-    *whole, rest = blocks
-    first = whole[0][0] if whole and whole[0] else None
-    if rest or not isinstance(first, nn.Conv2d):
-        raise UserError(
-            "the model's towers are no convolutions with ReLU; as_detector knows no other"
-        )
-    tower = Tower(first.in_channels, first.out_channels, 0, group_norm=False)
-    tower.blocks = nn.ModuleList(nn.Sequential(*block) for block in whole)
-    tower.out_channels = first.out_channels
-    return tower
-
-
-@contextmanager
-def _limits(
-    model: Any, score_threshold: float | None, max_detections: int | None
-) -> Iterator[None]:
-    """Other limits for the model's post-processing, which reads them off the model."""
-    own = model.score_thresh, model.detections_per_img
-    model.score_thresh = own[0] if score_threshold is None else score_threshold
-    model.detections_per_img = own[1] if max_detections is None else max_detections
-    try:
-        yield
-    finally:
-        model.score_thresh, model.detections_per_img = own

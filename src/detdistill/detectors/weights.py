@@ -29,7 +29,7 @@ from detdistill.detectors.torchvision_models import (
     settings_of,
     view_for,
 )
-from detdistill.detectors.views import DenseView
+from detdistill.detectors.view_base import TorchvisionView
 from detdistill.errors import UserError, UserNotice
 
 FORMAT = 1
@@ -57,7 +57,7 @@ def save_detector(
     """
     path = Path(path)
     module, options = detector, detector.options
-    if isinstance(detector, DenseView):  # the user's model, under the names that it knows
+    if isinstance(detector, TorchvisionView):  # the user's model, under the names that it knows
         module, options = detector.model, settings_of(detector)
     facts = {
         "format": FORMAT,
