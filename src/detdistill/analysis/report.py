@@ -9,7 +9,6 @@ from importlib.resources import files
 from pathlib import Path
 from string import Template
 
-from detdistill.analysis.conflict import THRESHOLD
 from detdistill.analysis.run import Findings
 from detdistill.analysis.sections import (
     conflict_section,
@@ -30,15 +29,6 @@ from detdistill.analysis.words import (
 from detdistill.data import DetectionDataset
 from detdistill.drawing.page import cards, facts_list, page, verdict, warnings
 from detdistill.engine.checkpoint import write_text
-
-MEASURES = {
-    "mean_squared": "The pyramids are equally wide, so a feature difference is the mean squared "
-    "difference of their channels, without an adapter: where the two networks were trained apart, "
-    "their channels mean different things, and the difference mostly shows how active a place is.",
-    "relational": "The pyramids are not equally wide, so a feature difference is 1 less the "
-    "correlation of a place's relations, its inner products with other places of the map, in the "
-    "teacher's and in the student's features.",
-}
 
 
 def write_analysis(
@@ -64,8 +54,6 @@ def write_analysis(
         verdict=verdict(sentences),
         warnings=warnings(caveats(numbers)),
         cards=cards(_cards(numbers)),
-        threshold=f"{THRESHOLD:g}",
-        measure=MEASURES[(numbers["imitation"] or {}).get("feature_measure", "mean_squared")],
         facts=facts_list(facts),
         **_sections(findings, numbers, dataset),
     )

@@ -6,7 +6,7 @@ import html
 from collections.abc import Sequence
 
 from detdistill.analysis import charts
-from detdistill.analysis.conflict import Conflict
+from detdistill.analysis.conflict import THRESHOLD, Conflict
 from detdistill.analysis.imitation import Imitation
 from detdistill.analysis.maps import HEAT, OBJECT, OWN, RANK, TEACHERS, map_panels, rank_panels
 from detdistill.analysis.ranks import Ranks
@@ -14,6 +14,41 @@ from detdistill.analysis.words import Numbers, percent, plain
 from detdistill.data import DetectionDataset
 from detdistill.drawing.page import figure, panel_row, table
 
+CONFLICT = (
+    "What the labels ask of the student and what the teacher says are two targets. Where they "
+    f"differ by more than {THRESHOLD:g}, a student that mimics the teacher's predictions is pulled "
+    "two ways; CrossKD keeps the two apart. The labels are those of the student's own assigner and "
+    "loss (1 for the class of a positive; with GFL the IoU of the student's box); a place counts "
+    "by the class on which label and teacher differ most."
+)
+RANKS = (
+    "The candidates of an object are the anchors or points that the teacher's assigner gives to "
+    "it. Detection keeps the one with the best score. If the student ranks them otherwise, it "
+    "keeps a box from another place, often a worse one; Rank Mimicking teaches the order."
+)
+IMITATION = (
+    "Prediction-guided Feature Imitation holds that features which differ where predictions agree "
+    "need no correction, and weighs a place's feature difference by its prediction difference, the "
+    "mean squared difference of the scores there. {measure} The less the two correlate, the more "
+    "such weighing changes: a rank correlation of 1 means that they are great in the same places, "
+    "0 that they have nothing to do with each other."
+)
+MEASURES = {
+    "mean_squared": "The pyramids are equally wide, so a feature difference is the mean squared "
+    "difference of their channels, without an adapter: where the two networks were trained apart, "
+    "their channels mean different things, and the difference mostly shows how active a place is.",
+    "relational": "The pyramids are not equally wide, so a feature difference is 1 less the "
+    "correlation of a place's relations, its inner products with other places of the map, in the "
+    "teacher's and in the student's features.",
+}
+SIMILARITY = (
+    "Linear CKA between the two models' features at the same positions: 1 for features that are "
+    "equal up to rotation, scale and offset, about 0 for features that have nothing in common. It "
+    "needs no equal widths. Numbers after a branch count the blocks of the heads' towers. A "
+    "two-stage teacher's head is compared on boxes, the student's best proposals. HEAD expects "
+    "heads of unlike kinds to be unlike here, and an assistant of the teacher's kind to be nearer "
+    "to it than the student's own head."
+)
 CONFLICT_MAPS = {
     "labels and teacher": "the conflict",
     "student and labels": "the student's distance to the labels",
@@ -28,7 +63,7 @@ IMITATION_MAPS = {
 
 def left_out(reason: str) -> str:
     """In place of a part."""
-    return f"<p>Left out for this pair: {html.escape(reason[0].lower() + reason[1:])}</p>"
+    return _text(f"Left out for this pair: {reason[0].lower()}{reason[1:]}")
 
 
 def conflict_section(part: Conflict, found: Numbers, dataset: DetectionDataset) -> str:
@@ -50,7 +85,8 @@ def conflict_section(part: Conflict, found: Numbers, dataset: DetectionDataset) 
         for example in part.examples.items()
     ]
     return (
-        figure(charts.conflict_chart(found), "Dashed: from here on a gap counts as a conflict.")
+        _text(CONFLICT)
+        + figure(charts.conflict_chart(found), "Dashed: from here on a gap counts as a conflict.")
         + table(header, rows)
         + _note(note)
         + _pictures(
@@ -94,7 +130,8 @@ def ranks_section(part: Ranks, found: Numbers, dataset: DetectionDataset) -> str
     pictures = [panel_row(rank_panels(e, _name(dataset, e.index))) for e in examples]
     swatches = {"object": OBJECT, "student's box at the teacher's best": TEACHERS}
     return (
-        figure(chart, "Tau: 1 for the same order, -1 for the opposite one. Dashed: the mean.")
+        _text(RANKS)
+        + figure(chart, "Tau: 1 for the same order, -1 for the opposite one. Dashed: the mean.")
         + table(header, [_rank_row(name, row) for name, row in rows.items()])
         + _note(note)
         + _pictures(
@@ -146,7 +183,8 @@ def imitation_section(part: Imitation, found: Numbers, dataset: DetectionDataset
         "they in the same places, the diagonal would hold all. Chance gives 0.1 as overlap."
     )
     return (
-        figure(chart, caption)
+        _text(IMITATION.format(measure=MEASURES[found["feature_measure"]]))
+        + figure(chart, caption)
         + table(header, rows)
         + _note("Spearman and overlap are measured on an even draw of the places.")
         + _pictures(
@@ -168,7 +206,7 @@ def similarity_section(found: Numbers) -> str:
         "fewer; unbiased, so that few positions do not look alike by chance. Empty: too few "
         "positions, or one of the models has no such map."
     )
-    return figure(chart, caption)
+    return _text(SIMILARITY) + figure(chart, caption)
 
 
 def _pictures(intro: str, legend: str, rows: Sequence[str]) -> str:
@@ -176,6 +214,10 @@ def _pictures(intro: str, legend: str, rows: Sequence[str]) -> str:
         return ""
     words = f'<p class="notes">{html.escape(intro)}</p>'
     return f'{words}<p class="legend">{legend}</p>{"".join(rows)}'
+
+
+def _text(words: str) -> str:
+    return f"<p>{html.escape(words)}</p>"
 
 
 def _note(text: str) -> str:
