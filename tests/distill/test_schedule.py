@@ -3,7 +3,7 @@
 import pytest
 
 import detdistill as dd
-from detdistill.distill.method import Schedule
+from detdistill.distill.schedule import Schedule
 from detdistill.errors import UserError
 from tests.helpers import make_batch, narrow
 

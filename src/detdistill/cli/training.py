@@ -91,10 +91,10 @@ def distill(
     given["methods"] = _methods(method, values)
     values["arms"] = {}
     settings = checks.training_recipe(values, recipe, given, assignments)
+    if settings.teacher is None and (not settings.methods or checks.need_teacher(settings.methods)):
+        raise UserError("no teacher was given: add --teacher RUN_OR_FILE, e.g. runs/teacher")
     if not settings.methods:
         raise UserError("no method was given: add --method NAME, e.g. --method crosskd")
-    if settings.teacher is None and checks.need_teacher(settings.methods):
-        raise UserError("no teacher was given: add --teacher RUN_OR_FILE, e.g. runs/teacher")
     checks.check_student(settings)
     if settings.teacher is not None:
         checks.check_teacher(settings.teacher, settings.student, out)

@@ -20,7 +20,8 @@ from detdistill.detectors.retinanet import RetinaNet
 from detdistill.detectors.roi_head import RoIHead
 from detdistill.detectors.two_stage import TwoStageDetector
 from detdistill.distill.adapters import channel_adapter
-from detdistill.distill.method import Method, Schedule, Step
+from detdistill.distill.method import Method, Step
+from detdistill.distill.schedule import Schedule
 from detdistill.errors import UserError
 from detdistill.structures import DenseOutput, Proposals, Pyramid, RoIOutput, Targets
 

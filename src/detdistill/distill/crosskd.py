@@ -26,7 +26,7 @@ from detdistill.distill.adapters import (
     require_dense,
 )
 from detdistill.distill.method import METHODS, Method, Step
-from detdistill.distill.published import LIKE, PUBLISHED, BoxLoss, Published
+from detdistill.distill.published import LIKE, PUBLISHED, BoxLoss, Published, published_for
 from detdistill.errors import UserError
 from detdistill.parts.losses import (
     distribution_kl,
@@ -283,11 +283,6 @@ class PredictionLoss:
         # Mean over the sides, then over the weights; published unclamped, NaN at weight 0.
         total = best_score.sum().clamp(min=1e-6)
         return (divergence.mean(-1) * best_score).sum() / total
-
-
-def published_for(teacher: DenseDetector) -> Published:
-    """Settings of the teacher's family, or of the one with its box encoding."""
-    return PUBLISHED[teacher.family if teacher.family in PUBLISHED else LIKE[teacher.box_coding]]
 
 
 def _same_bins(teacher: DenseDetector, student: DenseDetector) -> bool:

@@ -122,13 +122,13 @@ class Distiller(nn.Module):
 
     def _run_teacher(self, batch: Batch, acting: Sequence[Method]) -> DenseOutput | None:
         """As far as the methods that act now need it."""
-        teacher = self.teacher
-        if teacher is None or not acting:
+        teacher, taught = self.teacher, [method for method in acting if method.needs_teacher]
+        if teacher is None or not taught:
             return None
         # Not inference_mode: its tensors cannot be saved for the cross-head backward pass.
         with torch.no_grad():
             pyramid = teacher.pyramid(teacher.normalize(batch))
-            if any(method.teacher_stage == "head" for method in acting):
+            if any(method.teacher_stage == "head" for method in taught):
                 return teacher.head(pyramid, keep_pre_activation=self._keep)
             return DenseOutput(Predictions([], []), {}, [], pyramid)
 

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, cast
+from typing import Any, Literal, cast
 
-from annotated_types import Ge
 from torch import Tensor, nn
 
 from detdistill.detectors.base import FPNDetector
 from detdistill.detectors.dense import DenseDetector
-from detdistill.errors import UserError
-from detdistill.registry import AtLeastOne, Registry, checked_keywords
+from detdistill.distill.schedule import TIMING, Schedule
+from detdistill.registry import Registry, checked_keywords
 from detdistill.structures import Assignment, DenseOutput, Targets
 
 
@@ -56,34 +55,6 @@ class Step:
         return self._teacher_assignment
 
 
-class Schedule:
-    """When a method acts: its weights rise from 0 over the warm-up and are 0 outside start..stop.
-
-    Args:
-        start: optimisation steps before the method begins.
-        stop: the step from which on it is silent; None: never.
-        warmup: steps after `start` over which its weights rise linearly from 0.
-    """
-
-    def __init__(
-        self,
-        *,
-        start: Annotated[int, Ge(0)] = 0,
-        stop: AtLeastOne | None = None,
-        warmup: Annotated[int, Ge(0)] = 0,
-    ) -> None:
-        """Always on, by default."""
-        if stop is not None and stop <= start:
-            raise UserError(f"a method that stops at step {stop} must start before: start={start}")
-        self.start, self.stop, self.warmup = start, stop, warmup
-
-    def factor(self, iteration: int) -> float:
-        """Of the weights, 0..1, after `iteration` optimisation steps."""
-        if iteration < self.start or (self.stop is not None and iteration >= self.stop):
-            return 0.0
-        return min(1.0, (iteration - self.start) / self.warmup) if self.warmup else 1.0
-
-
 class Method(nn.Module):
     """A distillation method: settings, adapters if any, and raw loss terms of a step.
 
@@ -125,7 +96,6 @@ class Method(nn.Module):
 
 
 METHODS: Registry[type[Method]] = Registry("method")
-TIMING = ("start", "stop", "warmup")
 
 
 def list_methods(pattern: str = "*") -> list[str]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from detdistill.detectors.dense import DenseDetector
+
 BoxLoss = Literal["kl", "giou", "iou"]
 
 
@@ -39,6 +41,12 @@ LIKE = {
     "distances": "fcos",
     "points": "retinanet",
 }
+
+
+def published_for(teacher: DenseDetector) -> Published:
+    """Settings of the teacher's family, or of the one with its box encoding."""
+    return PUBLISHED[teacher.family if teacher.family in PUBLISHED else LIKE[teacher.box_coding]]
+
 
 # PKD as CrossKD's authors combine the two.
 PKD_WEIGHTS = {"retinanet": 2.0, "fcos": 2.0, "atss": 1.0, "gfl": 6.0}
