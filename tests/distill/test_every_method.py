@@ -9,6 +9,7 @@ from detdistill import (
     Batch,
     Distiller,
     UserError,
+    as_detector,
     create_method,
     list_detectors,
     list_methods,
@@ -16,6 +17,7 @@ from detdistill import (
 from detdistill.detectors.factory import split_name
 from detdistill.detectors.registry import FAMILIES
 from detdistill.distill.method import METHODS
+from tests.detectors import test_views as views
 from tests.distill.handmade import spread_predictions
 from tests.helpers import narrow
 
@@ -57,10 +59,11 @@ def assert_reaches_the_body(method, distiller, terms):
     for name, value in own.items():
         assert value.shape == () and value.isfinite() and value != 0, (name, value)
     sum(own.values()).backward(retain_graph=True)
-    for part in (distiller.student.backbone, distiller.student.fpn):
-        gradients = [p.grad for p in part.parameters() if p.grad is not None]
-        assert any(gradient.any() for gradient in gradients)
-        assert all(gradient.isfinite().all() for gradient in gradients)
+    for part in ("backbone.", "fpn."):
+        found = [p.grad for name, p in distiller.student.named_parameters() if part in name]
+        gradients = [gradient for gradient in found if gradient is not None]
+        assert any(gradient.any() for gradient in gradients), part
+        assert all(gradient.isfinite().all() for gradient in gradients), part
     for name, parameter in distiller.methods.named_parameters():
         assert parameter.grad is not None, name
     if distiller.teacher is not None:
@@ -99,6 +102,19 @@ def test_teachers_of_other_families_teach_or_are_refused_with_a_sentence(method,
 def test_some_pair_fits(method):
     pairs = product(FAMILY_NAMES, repeat=2)
     assert any(distiller_of(method, *pair_of(method, *pair)) for pair in pairs)
+
+
+@pytest.mark.parametrize("kind", views.BUILD)
+@pytest.mark.parametrize("method", list_methods())
+def test_views_of_torchvisions_detectors_teach_each_other_or_are_refused(method, kind):
+    student, teacher = (
+        as_detector(views.lively(views.BUILD[kind](), seed=seed)) for seed in (0, 1)
+    )
+    distiller = distiller_of(
+        method, student, teacher if METHODS.get(method).needs_teacher else None
+    )
+    if distiller is not None:
+        assert_reaches_the_body(method, distiller, distiller(two_images()))
 
 
 @pytest.mark.parametrize("family", FAMILY_NAMES)

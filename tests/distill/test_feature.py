@@ -5,7 +5,8 @@ import copy
 import pytest
 import torch
 
-from detdistill import CrossKD, Distiller, FeatureImitation, UserError, create_method
+from detdistill import CrossKD, Distiller, FeatureImitation, UserError, as_detector, create_method
+from tests.detectors.test_views import BUILD, lively
 from tests.distill import handmade
 from tests.helpers import make_batch, narrow
 
@@ -108,6 +109,16 @@ def test_the_students_head_starts_as_the_teachers(name):
     assert any(not torch.equal(body[key], student.state_dict()[key]) for key in body)
     student.logits.weight.data.zero_()
     assert teacher.logits.weight.any()
+
+
+def test_the_head_of_a_view_is_copied_without_its_body():
+    student, teacher = (as_detector(lively(BUILD["retinanet_v1"](), seed=seed)) for seed in (0, 1))
+    before = {k: v.clone() for k, v in student.state_dict().items()}
+    Distiller(student, teacher, {"feature": FeatureImitation(transfer_head=True)})
+    assert list(before) == list(student.state_dict())
+    for key, value in student.state_dict().items():
+        wanted = before if key.startswith("model.backbone.") else teacher.state_dict()
+        assert torch.equal(value, wanted[key]), key
 
 
 @pytest.mark.parametrize(

@@ -84,7 +84,7 @@ def check_same_anchors(student: DenseDetector, teacher: DenseDetector, method: s
         raise UserError(
             f"{method} compares the two detectors anchor by anchor, and the anchors or points of "
             f"the teacher {teacher.name} are not those of the student {student.name}; choose a "
-            f"teacher of the student's family, or crosskd, which does not need them to agree"
+            f"teacher with the student's, or crosskd, which does not need them to agree"
         )
 
 

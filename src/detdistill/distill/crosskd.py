@@ -26,7 +26,7 @@ from detdistill.distill.adapters import (
     require_dense,
 )
 from detdistill.distill.method import METHODS, Method, Step
-from detdistill.distill.published import LIKE, PUBLISHED, BoxLoss, Published, published_for
+from detdistill.distill.published import BoxLoss, published_for, settle
 from detdistill.errors import UserError
 from detdistill.parts.losses import (
     distribution_kl,
@@ -191,45 +191,10 @@ class PredictionLoss:
         self.weights: dict[str, float] = {}
 
     def settle(self, teacher: DenseDetector, predictor: DenseDetector) -> None:
-        """Fills in what is published for the teacher, for predictions by a detector's head.
-
-        Raises:
-            UserError: when one of the two lacks what a setting needs.
-        """
-        published = published_for(teacher)
-        if not _same_bins(teacher, predictor):
-            if self.box_loss == "kl":
-                names = " and ".join(dict.fromkeys((teacher.name, predictor.name)))
-                raise UserError(
-                    f"{self.method}: box_loss 'kl' needs distance distributions over the same bins "
-                    f"on both sides, not predicted by {names}; use box_loss 'giou'"
-                )
-            if published.box_loss == "kl":
-                published = PUBLISHED[LIKE["deltas"]]  # for boxes that are compared decoded
-        self.box_loss, self.divide_by = self.box_loss or published.box_loss, published.divide_by
-        wanted = {**self.wanted, "quality": self._wants_quality(published, teacher, predictor)}
-        defaults = {
-            "cls": published.cls_weight,
-            "box": published.box_weight,
-            "quality": published.quality_weight or 1.0,
-        }
-        given = {term: w for term, w in self.given_weights.items() if w is not None}
-        self.weights = {t: w for t, w in {**defaults, **given}.items() if wanted[t]}
-
-    def _wants_quality(
-        self, published: Published, teacher: DenseDetector, predictor: DenseDetector
-    ) -> bool:
-        """As the user says; else as published, where both sides have the branch."""
-        without = [m.name for m in (teacher, predictor) if m.quality_tower is None]
-        if self.wanted["quality"] and without:
-            raise UserError(
-                f"{self.method}: quality=True, but {without[0]} has no quality branch; leave it out"
-            )
-        if self.wanted["quality"] is not None:
-            return self.wanted["quality"]
-        if published.quality_weight is None or without:
-            return False
-        return bool(self.wanted[str(teacher.quality_tower)])
+        """Fills in what is published for the teacher, for predictions by a detector's head."""
+        self.weights, self.box_loss, self.divide_by = settle(
+            self.method, teacher, predictor, self.wanted, self.given_weights, self.box_loss
+        )
 
     def __call__(
         self, found: FlatPredictions, step: Step, decode: Callable[[Tensor, Tensor], Tensor]
@@ -283,11 +248,6 @@ class PredictionLoss:
         # Mean over the sides, then over the weights; published unclamped, NaN at weight 0.
         total = best_score.sum().clamp(min=1e-6)
         return (divergence.mean(-1) * best_score).sum() / total
-
-
-def _same_bins(teacher: DenseDetector, student: DenseDetector) -> bool:
-    coded = {(m.box_coding, getattr(m, "reg_max", None)) for m in (teacher, student)}
-    return len(coded) == 1 and teacher.box_coding == "distribution"
 
 
 def _quality_sum(found: FlatPredictions, target: FlatPredictions, assignment: Assignment) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Literal, cast
 
 import torch
@@ -17,6 +18,7 @@ from detdistill.distill.adapters import (
     projection,
     require_dense,
 )
+from detdistill.distill.assistants import require_own_head
 from detdistill.distill.method import METHODS, Method, Step
 from detdistill.errors import UserError
 from detdistill.registry import check_choice
@@ -134,5 +136,8 @@ def copy_head(student: FPNDetector, teacher: FPNDetector) -> None:
 
 
 def _head_weights(model: FPNDetector) -> dict[str, Tensor]:
-    body = ("backbone.", "fpn.")
-    return {k: v for k, v in model.state_dict().items() if not k.startswith(body)}
+    """The detector's own tensors, not copies."""
+    require_own_head(model, "feature: transfer_head")
+    # Of a copy, since `head_only` takes the body off and puts it back in another place.
+    head = copy.deepcopy(model).head_only().state_dict()
+    return {key: weight for key, weight in model.state_dict().items() if key in head}

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
 from detdistill.detectors.dense import DenseDetector
+from detdistill.errors import UserError
 
 BoxLoss = Literal["kl", "giou", "iou"]
+Divisor = Literal["positives", "quality"]
 
 
 @dataclass(frozen=True)
@@ -23,7 +26,7 @@ class Published:
     box_weight: float
     box_loss: BoxLoss
     quality_weight: float | None = None
-    divide_by: Literal["positives", "quality"] = "positives"
+    divide_by: Divisor = "positives"
 
 
 PUBLISHED = {
@@ -42,12 +45,82 @@ LIKE = {
     "points": "retinanet",
 }
 
+# PKD as CrossKD's authors combine the two.
+PKD_WEIGHTS = {"retinanet": 2.0, "fcos": 2.0, "atss": 1.0, "gfl": 6.0}
+OTHER_PKD_WEIGHT = 2.0  # our choice for families without a published value: the commonest
+
 
 def published_for(teacher: DenseDetector) -> Published:
     """Settings of the teacher's family, or of the one with its box encoding."""
     return PUBLISHED[teacher.family if teacher.family in PUBLISHED else LIKE[teacher.box_coding]]
 
 
-# PKD as CrossKD's authors combine the two.
-PKD_WEIGHTS = {"retinanet": 2.0, "fcos": 2.0, "atss": 1.0, "gfl": 6.0}
-OTHER_PKD_WEIGHT = 2.0  # our choice for families without a published value: the commonest
+def settle(
+    method: str,
+    teacher: DenseDetector,
+    predictor: DenseDetector,
+    wanted: Mapping[str, bool | None],
+    given_weights: Mapping[str, float | None],
+    box_loss: BoxLoss | None,
+) -> tuple[dict[str, float], BoxLoss, Divisor]:
+    """Weights of the terms that there are, the box loss and what divides; None is as published.
+
+    Args:
+        method: its name, for messages.
+        teacher: whose predictions are the target.
+        predictor: whose head makes the predictions that learn: the teacher or the student.
+        wanted: whether "cls", "box" and "quality" are compared.
+        given_weights: factors of these terms.
+        box_loss: of the boxes.
+
+    Raises:
+        UserError: when one of the two detectors lacks what a setting needs.
+    """
+    published = _comparable(method, teacher, predictor, box_loss)
+    defaults = {
+        "cls": published.cls_weight,
+        "box": published.box_weight,
+        "quality": published.quality_weight or 1.0,
+    }
+    given = {term: weight for term, weight in given_weights.items() if weight is not None}
+    quality = _wants_quality(method, published, teacher, predictor, wanted)
+    terms = {**wanted, "quality": quality}
+    weights = {t: weight for t, weight in {**defaults, **given}.items() if terms[t]}
+    return weights, box_loss or published.box_loss, published.divide_by
+
+
+def _comparable(
+    method: str, teacher: DenseDetector, predictor: DenseDetector, box_loss: BoxLoss | None
+) -> Published:
+    """What is published for the teacher, or for decoded boxes where distributions do not fit."""
+    published = published_for(teacher)
+    coded = {(m.box_coding, getattr(m, "reg_max", None)) for m in (teacher, predictor)}
+    if len(coded) == 1 and teacher.box_coding == "distribution":
+        return published
+    if box_loss == "kl":
+        names = " and ".join(dict.fromkeys((teacher.name, predictor.name)))
+        raise UserError(
+            f"{method}: box_loss 'kl' needs distance distributions over the same bins on both "
+            f"sides, not predicted by {names}; use box_loss 'giou'"
+        )
+    return PUBLISHED[LIKE["deltas"]] if published.box_loss == "kl" else published
+
+
+def _wants_quality(
+    method: str,
+    published: Published,
+    teacher: DenseDetector,
+    predictor: DenseDetector,
+    wanted: Mapping[str, bool | None],
+) -> bool:
+    """As the user says; else as published, where both sides have the branch."""
+    without = [m.name for m in (teacher, predictor) if m.quality_tower is None]
+    if wanted["quality"] and without:
+        raise UserError(
+            f"{method}: quality=True, but {without[0]} has no quality branch; leave it out"
+        )
+    if wanted["quality"] is not None:
+        return wanted["quality"]
+    if published.quality_weight is None or without:
+        return False
+    return bool(wanted[str(teacher.quality_tower)])
