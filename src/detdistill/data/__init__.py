@@ -6,8 +6,9 @@
 """
 
 from detdistill.data.coco import DetectionDataset, ImageRecord, open_dataset, require_same_classes
+from detdistill.data.eval_loader import EvalBatches, make_eval_batches
 from detdistill.data.images import read_image
-from detdistill.data.loader import EvalBatches, TrainBatches, make_eval_batches, make_train_batches
+from detdistill.data.loader import TrainBatches, make_train_batches
 from detdistill.data.synthetic import generate_dataset
 
 __all__ = [

@@ -24,7 +24,6 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from detdistill.boxes import keep_ratio_size
 from detdistill.data import transforms
 from detdistill.data.coco import DetectionDataset
 from detdistill.errors import UserError
@@ -60,7 +59,7 @@ class TrainBatches:
 
     def batches(self, first_step: int) -> Generator[Batch, None, None]:
         """Endless batches from a global step on; closing the iterator ends its workers."""
-        return _load(self._samples, _KeyBatches(self, first_step), self._recipe)
+        return load_batches(self._samples, _KeyBatches(self, first_step), self._recipe)
 
     def keys(self, step: int) -> list[Key]:
         """This process's slice of the batch of a step."""
@@ -89,31 +88,6 @@ class TrainBatches:
         return batches
 
 
-class EvalBatches:
-    """Each image once, without augmentation, images of like size together."""
-
-    def __init__(self, dataset: DetectionDataset, recipe: Recipe, most: int | None) -> None:
-        """See `make_eval_batches`."""
-        self._recipe = recipe
-        short, long = transforms.eval_size(recipe)
-        sizes = [keep_ratio_size((r.height, r.width), short, long) for r in dataset.records]
-        count = len(sizes) if most is None else min(most, len(sizes))
-        spread = [i * len(sizes) // count for i in range(count)]
-        order = sorted(spread, key=lambda index: (sizes[index], index))
-        step = recipe.eval_batch
-        self._indices = [order[i : i + step] for i in range(0, len(order), step)]
-        self._samples = _EvalSamples(dataset, sizes)
-
-    def __len__(self) -> int:
-        """The number of batches."""
-        return len(self._indices)
-
-    def __iter__(self) -> Iterator[tuple[Batch, list[int]]]:
-        """Batches, each with the indices of its images in the data set."""
-        keys = [[(0, index) for index in indices] for indices in self._indices]
-        yield from zip(_load(self._samples, keys, self._recipe), self._indices, strict=True)
-
-
 def make_train_batches(
     dataset: DetectionDataset,
     recipe: Recipe,
@@ -140,19 +114,6 @@ def make_train_batches(
     return TrainBatches(dataset, recipe, rank, world_size)
 
 
-def make_eval_batches(
-    dataset: DetectionDataset, recipe: Recipe, *, most: int | None = None
-) -> EvalBatches:
-    """Batches for evaluation, with the indices of their images in the data set.
-
-    Args:
-        dataset: any split.
-        recipe: sizes, `eval_batch`, workers.
-        most: at most so many images, evenly spread over the split; None takes all.
-    """
-    return EvalBatches(dataset, recipe, most)
-
-
 class _KeyBatches:
     """The endless batch sampler of a `DataLoader`."""
 
@@ -168,7 +129,7 @@ class _KeyBatches:
 
 
 @dataclass(frozen=True)
-class _Packed:
+class Packed:
     """A batch on its way out of a worker.
 
     NumPy arrays travel through the pipe. Tensors would take a file descriptor each and room in
@@ -182,6 +143,7 @@ class _Packed:
     image_ids: list[int]
 
     def batch(self) -> Batch:
+        """As everyone else knows it."""
         targets = [
             {"boxes": torch.from_numpy(boxes), "labels": torch.from_numpy(labels)}
             for boxes, labels in zip(self.boxes, self.labels, strict=True)
@@ -193,19 +155,24 @@ class _Packed:
         return self.batch().pin_memory()
 
 
-class _Samples(Dataset[Any]):
+class Samples(Dataset[Any]):
     """Prepares whole batches; `DataLoader` calls it in the workers."""
 
     def __init__(self, dataset: DetectionDataset) -> None:
+        """A subclass says what happens to each image."""
         self.dataset = dataset
 
-    def __getitems__(self, keys: list[Key]) -> _Packed | UserError:
+    def __getitems__(self, keys: list[Key]) -> Packed | UserError:
+        """A batch, or what is wrong with it."""
         try:
             return self.pack(keys)
-        except UserError as error:  # raised again by `_load`: the loader would add a traceback
+        except (
+            UserError
+        ) as error:  # raised again by `load_batches`: the loader would add a traceback
             return error
 
-    def pack(self, keys: list[Key]) -> _Packed:
+    def pack(self, keys: list[Key]) -> Packed:
+        """A batch with the objects of its images as targets."""
         images: list[Tensor] = []
         boxes: Arrays = []
         labels: Arrays = []
@@ -219,7 +186,7 @@ class _Samples(Dataset[Any]):
             images.append(image)
             boxes.append(image_boxes.numpy())
             labels.append(image_labels.numpy())
-        return _Packed(
+        return Packed(
             transforms.pad_images(images).numpy(),
             [(image.shape[1], image.shape[2]) for image in images],
             boxes,
@@ -236,7 +203,7 @@ class _Samples(Dataset[Any]):
         raise NotImplementedError
 
 
-class _TrainSamples(_Samples):
+class _TrainSamples(Samples):
     def __init__(self, dataset: DetectionDataset, recipe: Recipe) -> None:
         super().__init__(dataset)
         self._recipe = recipe
@@ -254,15 +221,6 @@ class _TrainSamples(_Samples):
         return transforms.draw(self._recipe, record.height, record.width, generator)
 
 
-class _EvalSamples(_Samples):
-    def __init__(self, dataset: DetectionDataset, sizes: list[tuple[int, int]]) -> None:
-        super().__init__(dataset)
-        self._sizes = sizes
-
-    def transform(self, epoch: int, index: int) -> transforms.Transform:
-        return transforms.Transform(*self._sizes[index])
-
-
 def _fits_in_memory(dataset: DetectionDataset, recipe: Recipe) -> bool:
     if recipe.cache != "auto":
         return recipe.cache == "memory"
@@ -270,7 +228,8 @@ def _fits_in_memory(dataset: DetectionDataset, recipe: Recipe) -> bool:
     return needed * recipe.devices <= AUTO_CACHE_BYTES  # each process holds its own
 
 
-def _load(samples: _Samples, keys: Any, recipe: Recipe) -> Generator[Batch, None, None]:
+def load_batches(samples: Samples, keys: Any, recipe: Recipe) -> Generator[Batch, None, None]:
+    """The batches of lists of keys, prepared by the recipe's workers."""
     loader: DataLoader[Any] = DataLoader(
         samples,
         batch_sampler=keys,
