@@ -31,8 +31,10 @@ def build(kind, classes=4, norm=FrozenBatchNorm2d, **options):
         )
         make = getattr(detection, f"fasterrcnn_{name}")
         model = make(weights=None, weights_backbone=None, num_classes=classes, **options)
-        with torch.no_grad():  # deep random features are large: no class should take all
-            two_stage(model).roi_heads.box_predictor.cls_score.weight.mul_(0.01)
+        predictor = two_stage(model).roi_heads.box_predictor
+        with torch.no_grad():  # deep random features are large: classes and boxes would be extreme
+            for layer in (model.rpn.head.bbox_pred, predictor.bbox_pred, predictor.cls_score):
+                layer.weight.mul_(1e-3)
         return model.eval()
     backbone = resnet_fpn_backbone(
         backbone_name="resnet18",
