@@ -118,8 +118,12 @@ def test_the_published_v1_runs_without_epsilon(tmp_path, monkeypatch):
 
     assert epsilons() == {1e-5}
     digest = hashlib.sha256(file.read_bytes()).hexdigest()
-    monkeypatch.setattr(torchvision_models, "NO_EPSILON", digest[:8])
+    published = torchvision_models.PUBLISHED
+    assert published["eeacb38b"] == {"norm_eps": 0.0}
+    monkeypatch.setitem(published, digest[:8], published["eeacb38b"])
     assert epsilons() == {0.0}
+    monkeypatch.setitem(published, digest[:8], {"traits": {"transform.min_size": [320]}})
+    assert load_detector("retinanet_r18", file).input_size == (320, 1333)
 
 
 def test_coco_categories_become_the_80_classes(tmp_path):

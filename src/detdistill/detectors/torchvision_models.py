@@ -50,9 +50,20 @@ DENSE_LOGITS = "head.classification_head.cls_logits"
 ROI_LOGITS = "roi_heads.box_predictor.cls_score"
 COCO_CATEGORIES: list[str] = FCOS_ResNet50_FPN_Weights.COCO_V1.meta["categories"]
 NO_CLASS = ("__background__", "N/A")
-NO_EPSILON = "eeacb38b"
-"""Start of the hash of torchvision's published RetinaNet v1, which was trained without BatchNorm's
-epsilon; torchvision sets it to 0 for this file alone."""
+PUBLISHED: dict[str, dict[str, Any]] = {
+    # RetinaNet v1, trained before BatchNorm had an epsilon: torchvision sets it to 0 for this file.
+    "eeacb38b": {"norm_eps": 0.0},
+    # Faster R-CNN on MobileNetV3 for images of 320 pixels, whose tensors are named as those of 800.
+    "907ea3f9": {
+        "traits": {
+            "transform.min_size": [320],
+            "transform.max_size": 640,
+            "rpn._pre_nms_top_n": {"training": 2000, "testing": 150},
+            "rpn._post_nms_top_n": {"training": 2000, "testing": 150},
+        }
+    },
+}
+"""Settings of torchvision's own files, by the start of their SHA-256, that are not its defaults."""
 
 _MATCHING = ("proposal_matcher.high_threshold", "proposal_matcher.low_threshold")
 _SAMPLING = ("fg_bg_sampler.batch_size_per_image", "fg_bg_sampler.positive_fraction")
@@ -177,9 +188,8 @@ def view_for(
     plain = f"{facts.family}_{facts.backbone}"
     if wanted.removeprefix(PREFIX) not in (plain, facts.name, facts.family):
         raise UserError(f"{file} holds torchvision's {facts.name}, not {wanted}; name it {plain}")
+    options = {**_published(facts, file), **options}
     settings = checked_keywords(f"torchvision's {facts.name}", Settings, options)
-    if settings["norm_eps"] is None:
-        settings["norm_eps"] = _published_eps(facts, file)
     return _build(facts, settings), _current_names(state)
 
 
@@ -280,13 +290,12 @@ def _current_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return renamed
 
 
-def _published_eps(facts: Architecture, file: Path) -> float | None:
-    """0 for torchvision's published RetinaNet v1, None (its default) for all else."""
-    if facts.family != "retinanet" or facts.v2 or not facts.frozen_norm:
-        return None
+def _published(facts: Architecture, file: Path) -> dict[str, Any]:
+    """What `PUBLISHED` says of the file."""
+    if not facts.frozen_norm:  # as both have it: others need not be read again
+        return {}
     with file.open("rb") as stream:
-        digest = hashlib.file_digest(stream, "sha256").hexdigest()
-    return 0.0 if digest.startswith(NO_EPSILON) else None
+        return PUBLISHED.get(hashlib.file_digest(stream, "sha256").hexdigest()[:8], {})
 
 
 def settings_of(view: TorchvisionView) -> dict[str, Any]:
