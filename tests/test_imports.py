@@ -19,8 +19,11 @@ MAY_IMPORT = {
     "data": BASE,
     "evaluation": BASE | {"detectors", "data"},
     "engine": BASE | {"parts", "detectors", "distill", "data", "evaluation"},
-    "study": BASE | {"detectors", "distill", "data", "evaluation", "engine"},
-    "cli": BASE | {"detectors", "distill", "data", "evaluation", "engine", "study"},
+    "drawing": BASE,
+    "study": BASE | {"detectors", "distill", "data", "evaluation", "engine", "drawing"},
+    "analysis": BASE | {"detectors", "distill", "data", "evaluation", "engine", "drawing"},
+    "cli": BASE
+    | {"detectors", "distill", "data", "evaluation", "engine", "drawing", "study", "analysis"},
 }
 BASE_MAY_IMPORT = {
     "errors": set(),

@@ -55,6 +55,13 @@ class Registry(Generic[T]):
         return sorted(name for name in self._entries if fnmatch(name, pattern))
 
 
+def check_choice(what: str, value: str, choices: Iterable[str]) -> None:
+    """`UserError` when a value is none of its choices; `what` names it, e.g. "rm: score"."""
+    if value not in choices:
+        expected = " or ".join(map(repr, choices))
+        raise UserError(f"{what} is {value!r}; expected {expected}")
+
+
 def checked_keywords(
     what: str, entry: type, options: dict[str, Any], beside: Iterable[str] = ()
 ) -> dict[str, Any]:

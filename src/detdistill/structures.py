@@ -156,6 +156,32 @@ def flatten_maps(maps: Sequence[Tensor]) -> Tensor:
     return torch.cat([m.permute(0, 3, 4, 1, 2).flatten(1, 3) for m in maps], 1).float()
 
 
+def rows_of_maps(maps: Sequence[Tensor], image: Tensor, row: Tensor) -> Tensor:
+    """`flatten_maps(maps)[image, row]` without flattening: few rows of large maps.
+
+    Args:
+        maps: per level (B, A, D, H, W).
+        image: (M,) int64, 0..B-1.
+        row: (M,) int64, 0..P-1.
+
+    Returns:
+        (M, D) float32.
+    """
+    found = maps[0].new_zeros((len(row), maps[0].shape[2]), dtype=torch.float32)
+    start = 0
+    for level in maps:
+        _, anchors, _, height, width = level.shape
+        count = anchors * height * width
+        inside = (row >= start) & (row < start + count)
+        # All rows are read at every level and the wrong ones dropped: a GPU need not wait for us.
+        local = (row - start).clamp(0, count - 1)
+        cell, anchor = local // anchors, local % anchors
+        picked = level[image, anchor, :, cell // width, cell % width].float()
+        found = torch.where(inside[:, None], picked, found)
+        start += count
+    return found
+
+
 @dataclass(frozen=True)
 class DenseOutput:
     """All that a dense detector computed for a batch.

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.cli.conftest import Run
+from tests.cli.test_cli_runs import save_foreign
 
 SMALL = [
     *("--set", "max_steps=1", "--set", "resize_short=[64]", "--set", "resize_long=64"),
@@ -20,6 +21,8 @@ SMALL = [
 TRAIN = ["train", "--detector", "gfl_r18", "--data", "my_coco", "--out", "run", *SMALL]
 DISTILL = ["distill", "--teacher", "teacher.safetensors", "--student", "gfl_r18"]
 DISTILL += ["--method", "crosskd", "--data", "my_coco", "--out", "run", *SMALL]
+ANALYZE = ["analyze", "--teacher", "t.safetensors", "--student", "s.safetensors"]
+ANALYZE += ["--data", "my_coco", "--out", "run"]
 COMPARE = ["compare", "--teacher", "gfl_r18", "--student", "gfl_r18", "--methods", "crosskd"]
 COMPARE += ["--data", "my_coco", "--out", "run", *SMALL]
 
@@ -80,6 +83,10 @@ def refused(run: Run, arguments: list[str], *fragments: str) -> str:
             ["predict", "--weights", "gone.pth", "a.jpg", "--out", "my_coco/annotations/val.json"],
             ["val.json is a file"],
         ),
+        (ANALYZE[:1] + ANALYZE[3:], ["no teacher was given", "--teacher RUN_OR_FILE"]),
+        (ANALYZE[:3] + ANALYZE[5:], ["no student was given", "--student RUN_OR_FILE"]),
+        (ANALYZE, ["--teacher t.safetensors", "no such run folder or weights file"]),
+        ([*ANALYZE[:-1], "my_coco/annotations/val.json"], ["val.json is a file"]),
         (["recipe", "copy", "dem"], ["'dem'", "'demo'"]),
         (["data", "builtin", "--out", "run", "--train", "0"], ["at least 1 image"]),
         (["data", "builtin", "--out", "my_coco"], ["my_coco"]),
@@ -193,3 +200,35 @@ def test_teacher_as_student(run: Run, my_coco: Path) -> None:
     Path("teacher.safetensors").write_bytes(b"")
     both = [*DISTILL, "--student", "./teacher.safetensors"]
     refused(run, both, "--teacher and --student are both")
+
+
+@pytest.mark.parametrize("same", ["./t.safetensors", "copy/../t.safetensors"])
+def test_analyze_needs_two_models(same: str, run: Run, my_coco: Path) -> None:
+    Path("copy").mkdir()
+    save_foreign(Path("t.safetensors"))
+    refused(run, [*ANALYZE, "--student", same], "--teacher and --student are both")
+
+
+def test_analyze_knows_a_run_by_its_weights(run: Run, my_coco: Path) -> None:
+    Path("teacher").mkdir()
+    save_foreign(Path("teacher/model.safetensors"))
+    both = ["--teacher", "teacher", "--student", "teacher/model.safetensors"]
+    refused(run, [*ANALYZE, *both], "--teacher and --student are both")
+
+
+def test_analyze_needs_equal_classes_and_a_split(run: Run, my_coco: Path) -> None:
+    save_foreign(Path("t.safetensors"))
+    save_foreign(Path("s.safetensors"), 9)
+    refused(run, [*ANALYZE], "10 classes, the student gfl_r18 9")
+    save_foreign(Path("s.safetensors"))
+    (my_coco / "annotations/val.json").unlink()
+    refused(run, [*ANALYZE], "no val split", "annotations/val.json")
+    no_data = [argument for argument in ANALYZE if argument not in ("--data", "my_coco")]
+    refused(run, no_data, "--data FOLDER")
+
+
+def test_analyze_keeps_what_is_there(run: Run, my_coco: Path) -> None:
+    Path("done").mkdir()
+    Path("done/analysis.json").write_text("mine")
+    refused(run, [*ANALYZE, "--out", "done"], "already holds analysis.json")
+    assert Path("done/analysis.json").read_text() == "mine"

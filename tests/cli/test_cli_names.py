@@ -18,6 +18,7 @@ COMMANDS = [
     ("compare",),
     ("eval",),
     ("predict",),
+    ("analyze",),
     ("list",),
     ("fetch",),
     ("convert",),
@@ -109,5 +110,6 @@ def test_bundled_recipes_build_their_models(name: str) -> None:
     create_detector(recipe.student, 3, **{**recipe.student_options, **offline})
     if recipe.teacher is not None:
         create_detector(recipe.teacher, 3, **{**recipe.teacher_options, **offline})
-    for method, options in recipe.methods.items():
-        create_method(method, **options)
+    for methods in (recipe.methods, *recipe.arms.values()):
+        for method, options in methods.items():
+            create_method(method, **options)

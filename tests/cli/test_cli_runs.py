@@ -57,10 +57,10 @@ def test_from_data_to_comparison(run: Run, my_coco: Path) -> None:
     assert min(found["score"] for found in low["detections"]) < 0.05
 
 
-def save_foreign(path: Path) -> None:
+def save_foreign(path: Path, num_classes: int = 10, seed: int = 0) -> None:
     """Weights that do not say at which size they were trained."""
-    torch.manual_seed(0)
-    save_detector(create_detector("gfl_r18", 10, **NARROW), path)
+    torch.manual_seed(seed)
+    save_detector(create_detector("gfl_r18", num_classes, **NARROW), path)
 
 
 def test_eval_tells_of_faults_and_sizes(run: Run, my_coco: Path) -> None:
@@ -90,6 +90,24 @@ def test_eval_tells_of_faults_and_sizes(run: Run, my_coco: Path) -> None:
     assert code == 2 and f"image {image}" in err
 
 
+def test_analyze_writes_a_page_and_its_numbers(run: Run, my_coco: Path) -> None:
+    save_foreign(Path("teacher.safetensors"))
+    save_foreign(Path("student.safetensors"), seed=1)
+    command = ["analyze", "--teacher", "teacher.safetensors", "--student", "student.safetensors"]
+    command += ["--data", "my_coco", "--split", "test", "--images", "3", "--out", "analysis"]
+    small = ["--set", "workers=0", "--set", "resize_short=[64]", "--set", "resize_long=64"]
+    code, out, err = run(*command, *small)
+    assert code == 0, err
+    *sentences, following = out.splitlines()
+    assert len(sentences) == 4 and sentences[0].startswith("Labels and teacher differ")
+    assert following == "Next: open analysis/report.html in a browser"
+    assert "resize_short=[64]" in err
+    numbers = json.loads(Path("analysis/analysis.json").read_text())
+    assert numbers["images"] == 3
+    assert numbers["about"]["data"].endswith("test.json, test: 3 of 4 images")
+    assert sentences[0] in Path("analysis/report.html").read_text()
+
+
 @pytest.mark.parametrize(
     ("own", "given", "used"),
     [
@@ -101,7 +119,7 @@ def test_eval_tells_of_faults_and_sizes(run: Run, my_coco: Path) -> None:
     ],
 )
 def test_the_size_of_an_evaluation(own: object, given: dict[str, object], used: object) -> None:
-    settings = using._at_input_size(Recipe(**given), SimpleNamespace(input_size=own))
+    settings = using.at_input_size(Recipe(**given), SimpleNamespace(input_size=own))
     assert (settings.resize_short, settings.resize_long) == used
 
 

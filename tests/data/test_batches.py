@@ -228,9 +228,12 @@ def test_eval_sees_every_image_once(data, workers):
     seen: list[int] = []
     for batch, indices in batches:
         assert list(batch.image_ids) == [dataset.records[i].image_id for i in indices]
-        assert len(batch.targets) == 0
-        for (height, width), index in zip(batch.sizes, indices, strict=True):
+        rows = zip(batch.sizes, indices, batch.targets, strict=True)
+        for (height, width), index, target in rows:
             record = dataset.records[index]
+            assert torch.equal(target["labels"], record.labels[~record.crowd])
+            factors = torch.tensor([width / record.width, height / record.height] * 2)
+            assert torch.allclose(target["boxes"], record.boxes_xyxy[~record.crowd] * factors)
             scale = min(
                 48 / min(record.height, record.width), 64 / max(record.height, record.width)
             )
@@ -247,6 +250,15 @@ def test_eval_batches_are_plain_resized_images(data):
     for batch, indices in make_eval_batches(dataset, recipe):
         for image, (height, width), index in zip(batch.images, batch.sizes, indices, strict=True):
             assert torch.equal(image[:, :height, :width], dataset.read(index))
+
+
+@pytest.mark.parametrize(
+    ("most", "chosen"), [(1, [0]), (3, [0, 3, 7]), (11, range(11)), (99, range(11))]
+)
+def test_a_part_of_the_images_is_spread_over_the_split(data, most, chosen):
+    recipe = Recipe(data=data, **(BASE | {"workers": 0, "eval_batch": 2}))
+    batches = make_eval_batches(open_dataset(recipe, "val"), recipe, most=most)
+    assert sorted(i for _, indices in batches for i in indices) == list(chosen)
 
 
 SCRIPT = """

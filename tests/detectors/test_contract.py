@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from detdistill import create_detector, list_detectors, load_detector, save_detector
-from detdistill.boxes import clip_xyxy
+from detdistill.boxes import clip_xyxy, elementwise_iou
 from detdistill.detectors.stages import DenseHead, RoIStages
 from tests.helpers import DENSE_R18, make_batch, narrow, narrow_options
 from tests.helpers import FAMILIES_R18 as R18
@@ -55,6 +55,25 @@ def test_trains_a_step_on_any_batch(name, counts):
     for parameter_name, parameter in detector.named_parameters():
         assert parameter.grad is not None, parameter_name
         assert parameter.grad.isfinite().all(), parameter_name
+
+
+@pytest.mark.parametrize("name", DENSE_R18)
+@pytest.mark.parametrize("counts", [(2, 1), (0, 0)])
+def test_class_targets_are_what_the_loss_asks_for(name, counts):
+    detector = narrow(name)
+    batch = make_batch(counts)
+    targets, output = batch.padded_targets(), detector(batch)
+    asked = detector.assign(output, targets)
+    scores = detector.class_targets(output, asked)
+    assert scores.shape == asked.labels.shape and not scores.requires_grad
+    assert torch.equal(scores > 0, asked.positive)
+    if name == "gfl_r18":  # the IoU of its own box
+        anchors = detector.flat_anchors(output.anchors)
+        boxes = detector.decode(output.predictions.flatten().boxes, anchors)
+        expected = elementwise_iou(boxes, asked.boxes) * asked.positive
+        torch.testing.assert_close(scores, expected.detach())
+    else:
+        assert torch.equal(scores, asked.positive.float())
 
 
 @pytest.mark.parametrize("name", R18)

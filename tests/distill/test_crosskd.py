@@ -133,7 +133,7 @@ def test_unlike_heads_meet_at_the_teachers(name, other):
     kd_loss(losses).backward()
     assert student.towers["cls"].blocks[0].conv.weight.grad.any()
     method = distiller.methods["crosskd"]
-    assert method.box_loss == PUBLISHED.get(teacher.family, PUBLISHED["retinanet"]).box_loss
+    assert method.loss.box_loss == PUBLISHED.get(teacher.family, PUBLISHED["retinanet"]).box_loss
     assert {f"crosskd/{term}" for term in method.weights} < set(losses)
 
 

@@ -414,6 +414,8 @@ def test_other_misfits_are_refused():
         Distiller(student, narrow("reppoints_r18", seed=1), {"head": HEAD()})
     with pytest.raises(UserError, match="option ckd_projector"):
         create_method("head", ckd_projector="double")
+    with pytest.raises(UserError, match="ckd_projector is 'double'; expected 'single' or"):
+        HEAD(ckd_projector="double")
     with pytest.raises(UserError, match="did you mean 'proposals'"):
         create_method("head", proposal=10)
     with pytest.raises(UserError, match="option proposals"):

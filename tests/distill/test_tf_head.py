@@ -234,6 +234,8 @@ def test_options_by_name():
     ):
         with pytest.raises(UserError, match=message):
             create_method("tf_head", **options)
+    with pytest.raises(UserError, match="assistants is 'gfl'; expected 'fcos' or"):
+        TFHEAD(assistants=["gfl"])
     student = narrow("retinanet_r18")
     student.strides = (32, 64, 128, 256, 512)
     with pytest.raises(UserError, match="an assistant fcos stands on levels of strides"):

@@ -1,38 +1,15 @@
 """The page about a study: complete, self-contained, the same in every build."""
 
-from html.parser import HTMLParser
-
 from detdistill.study.report import write_report
+from tests.drawing.page_reader import read_page
 from tests.study.fabricated_study import run_study
-
-
-class Page(HTMLParser):
-    """Collects what a browser would have to fetch, and tags without a text alternative."""
-
-    def __init__(self):
-        super().__init__()
-        self.fetched, self.silent, self.tags, self.ids = [], [], [], []
-
-    def handle_starttag(self, tag, attributes):
-        values = dict(attributes)
-        self.tags.append(tag)
-        self.ids += [values["id"]] if "id" in values else []
-        for key in ("src", "href", "xlink:href", "data", "srcset"):
-            target = values.get(key) or "#"
-            if not target.startswith(("#", "data:image/")):
-                self.fetched.append(target)
-        if (tag == "img" and not values.get("alt")) or (
-            tag == "svg" and not values.get("aria-label")
-        ):
-            self.silent.append(tag)
 
 
 def test_report_is_self_contained_and_says_what_it_shows(recipe, reported_world, tmp_path):
     out = tmp_path / "study"
     arms = run_study(recipe, out)
     text = (out / "report.html").read_text()
-    page = Page()
-    page.feed(text)
+    page = read_page(text)
     assert page.fetched == [] and page.silent == []
     assert "url(" not in text.replace("url(#", "") and "@import" not in text
     assert page.tags.count("svg") == 4 and "table" in page.tags

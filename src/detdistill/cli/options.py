@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -20,6 +20,7 @@ Assignments = Annotated[
     typer.Option("--set", metavar="A.B=C", help="Override one setting; may be repeated."),
 ]
 Strict = Annotated[bool, typer.Option("--strict", help="Stop at faults of single annotations.")]
+Split = Annotated[Literal["train", "val", "test"], typer.Option(help="Which annotations to use.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on with the run in --out.")]
 Devices = Annotated[
     int | None, typer.Option("--devices", metavar="N", help="Processes or GPUs per machine.")
@@ -38,6 +39,14 @@ Teacher = Annotated[
         "--teacher",
         metavar="RUN_OR_FILE",
         help="Trained teacher; NAME=FILE for other frameworks' weights.",
+    ),
+]
+TrainedStudent = Annotated[
+    str | None,
+    typer.Option(
+        "--student",
+        metavar="RUN_OR_FILE",
+        help="Trained student; NAME=FILE for other frameworks' weights.",
     ),
 ]
 TeacherToTrain = Annotated[

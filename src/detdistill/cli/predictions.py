@@ -10,9 +10,9 @@ from typing import Any
 from detdistill.cli.checks import make_folder
 from detdistill.data import read_image
 from detdistill.detectors import FPNDetector
+from detdistill.drawing.pictures import draw_detections, save_png
 from detdistill.engine.checkpoint import write_text
 from detdistill.structures import Detections
-from detdistill.study.pictures import draw_detections, save_png
 
 LOWEST_SCORE = 0.05
 

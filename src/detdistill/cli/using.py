@@ -5,12 +5,12 @@ from __future__ import annotations
 import shlex
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from detdistill.cli import checks
-from detdistill.cli.options import Assignments, Data, RecipeFile, Strict
+from detdistill.cli.options import Assignments, Data, RecipeFile, Split, Strict
 from detdistill.errors import UserError
 
 if TYPE_CHECKING:
@@ -40,9 +40,7 @@ def evaluate(
     weights: Weights,
     detector: DetectorName = None,
     data: Data = None,
-    split: Annotated[
-        Literal["train", "val", "test"], typer.Option(help="Which annotations to use.")
-    ] = "test",
+    split: Split = "test",
     recipe: RecipeFile = None,
     assignments: Assignments = None,
     strict: Strict = False,
@@ -59,10 +57,10 @@ def evaluate(
     from detdistill.data import open_dataset
     from detdistill.evaluation.run import evaluate_dataset
 
-    model = _load(weights, detector)
+    model = load(weights, detector)
     dataset = open_dataset(settings, split)
-    _show_faults(f"{dataset.source}", dataset.faults)
-    settings = _at_input_size(settings, model)
+    show_faults(f"{dataset.source}", dataset.faults)
+    settings = at_input_size(settings, model)
     with _progress() as progress:
         task = progress.add_task(f"{split} images", total=len(dataset.records))
         metrics = evaluate_dataset(
@@ -76,14 +74,15 @@ def evaluate(
     )
 
 
-def _show_faults(source: str, faults: list[str]) -> None:
+def show_faults(source: str, faults: list[str]) -> None:
+    """Faults of annotations on stderr, a line each."""
     for fault in faults[:FAULTS_SHOWN]:
         typer.echo(f"{source}: {fault}", err=True)
     if len(faults) > FAULTS_SHOWN:
         typer.echo(f"{source}: and {len(faults) - FAULTS_SHOWN} more faults", err=True)
 
 
-def _at_input_size(settings: Recipe, model: FPNDetector) -> Recipe:
+def at_input_size(settings: Recipe, model: FPNDetector) -> Recipe:
     """The sizes that the recipe gives, else the detector's own, else the recipe's defaults."""
     if model.input_size is not None:
         short, long = model.input_size
@@ -113,7 +112,7 @@ def predict(
 
     with _progress() as progress:
         task = progress.add_task("images", total=len(images))
-        model = _load(weights, detector)
+        model = load(weights, detector)
         count = write_predictions(model, images, out, score, lambda: progress.advance(task))
     typer.echo(f"{out / 'predictions.json'}: {count} boxes in {len(images)} images")
     typer.echo(f"Next: open the pictures in {out}; --score moves the limit from which they show")
@@ -226,7 +225,8 @@ def write_builtin_data(folder: Path, sizes: dict[str, int], seed: int) -> None:
         )
 
 
-def _load(weights: Path, detector: str | None) -> FPNDetector:
+def load(weights: Path, detector: str | None) -> FPNDetector:
+    """A trained detector, on the GPU where there is one."""
     import torch
 
     from detdistill.detectors import load_detector

@@ -90,14 +90,16 @@ class TrainBatches:
 
 
 class EvalBatches:
-    """Every image once, without augmentation, images of like size together."""
+    """Each image once, without augmentation, images of like size together."""
 
-    def __init__(self, dataset: DetectionDataset, recipe: Recipe) -> None:
+    def __init__(self, dataset: DetectionDataset, recipe: Recipe, most: int | None) -> None:
         """See `make_eval_batches`."""
         self._recipe = recipe
         short, long = transforms.eval_size(recipe)
         sizes = [keep_ratio_size((r.height, r.width), short, long) for r in dataset.records]
-        order = sorted(range(len(sizes)), key=lambda index: (sizes[index], index))
+        count = len(sizes) if most is None else min(most, len(sizes))
+        spread = [i * len(sizes) // count for i in range(count)]
+        order = sorted(spread, key=lambda index: (sizes[index], index))
         step = recipe.eval_batch
         self._indices = [order[i : i + step] for i in range(0, len(order), step)]
         self._samples = _EvalSamples(dataset, sizes)
@@ -107,7 +109,7 @@ class EvalBatches:
         return len(self._indices)
 
     def __iter__(self) -> Iterator[tuple[Batch, list[int]]]:
-        """Batches without targets, each with the indices of its images in the data set."""
+        """Batches, each with the indices of its images in the data set."""
         keys = [[(0, index) for index in indices] for indices in self._indices]
         yield from zip(_load(self._samples, keys, self._recipe), self._indices, strict=True)
 
@@ -138,9 +140,17 @@ def make_train_batches(
     return TrainBatches(dataset, recipe, rank, world_size)
 
 
-def make_eval_batches(dataset: DetectionDataset, recipe: Recipe) -> EvalBatches:
-    """Batches for evaluation, with the indices of their images in the data set."""
-    return EvalBatches(dataset, recipe)
+def make_eval_batches(
+    dataset: DetectionDataset, recipe: Recipe, *, most: int | None = None
+) -> EvalBatches:
+    """Batches for evaluation, with the indices of their images in the data set.
+
+    Args:
+        dataset: any split.
+        recipe: sizes, `eval_batch`, workers.
+        most: at most so many images, evenly spread over the split; None takes all.
+    """
+    return EvalBatches(dataset, recipe, most)
 
 
 class _KeyBatches:
@@ -196,11 +206,19 @@ class _Samples(Dataset[Any]):
             return error
 
     def pack(self, keys: list[Key]) -> _Packed:
-        raise NotImplementedError
-
-    def packed(
-        self, keys: list[Key], images: list[Tensor], boxes: Arrays, labels: Arrays
-    ) -> _Packed:
+        images: list[Tensor] = []
+        boxes: Arrays = []
+        labels: Arrays = []
+        for epoch, index in keys:
+            record = self.dataset.records[index]
+            transform = self.transform(epoch, index)
+            objects = ~record.crowd  # a crowd region is no object to learn
+            image, image_boxes, image_labels = transforms.apply(
+                transform, self.read(index), record.boxes_xyxy[objects], record.labels[objects]
+            )
+            images.append(image)
+            boxes.append(image_boxes.numpy())
+            labels.append(image_labels.numpy())
         return _Packed(
             transforms.pad_images(images).numpy(),
             [(image.shape[1], image.shape[2]) for image in images],
@@ -208,6 +226,14 @@ class _Samples(Dataset[Any]):
             labels,
             [self.dataset.records[index].image_id for _, index in keys],
         )
+
+    def read(self, index: int) -> Tensor:
+        """The image as it is stored."""
+        return self.dataset.read(index)
+
+    def transform(self, epoch: int, index: int) -> transforms.Transform:
+        """What happens to an image and its boxes."""
+        raise NotImplementedError
 
 
 class _TrainSamples(_Samples):
@@ -219,25 +245,13 @@ class _TrainSamples(_Samples):
             with ThreadPoolExecutor(4) as pool:
                 self._decoded = list(pool.map(dataset.read, range(len(dataset))))
 
-    def pack(self, keys: list[Key]) -> _Packed:
-        images: list[Tensor] = []
-        boxes: Arrays = []
-        labels: Arrays = []
-        for epoch, index in keys:
-            image, image_boxes, image_labels = self._sample(epoch, index)
-            images.append(image)
-            boxes.append(image_boxes.numpy())
-            labels.append(image_labels.numpy())
-        return self.packed(keys, images, boxes, labels)
+    def read(self, index: int) -> Tensor:
+        return self.dataset.read(index) if self._decoded is None else self._decoded[index]
 
-    def _sample(self, epoch: int, index: int) -> tuple[Tensor, Tensor, Tensor]:
+    def transform(self, epoch: int, index: int) -> transforms.Transform:
         record = self.dataset.records[index]
-        image = self.dataset.read(index) if self._decoded is None else self._decoded[index]
         generator = transforms.sample_generator(self._recipe.seed, epoch, index)
-        transform = transforms.draw(self._recipe, record.height, record.width, generator)
-        objects = ~record.crowd  # a crowd region is no object to learn
-        boxes, labels = record.boxes_xyxy[objects], record.labels[objects]
-        return transforms.apply(transform, image, boxes, labels)
+        return transforms.draw(self._recipe, record.height, record.width, generator)
 
 
 class _EvalSamples(_Samples):
@@ -245,11 +259,8 @@ class _EvalSamples(_Samples):
         super().__init__(dataset)
         self._sizes = sizes
 
-    def pack(self, keys: list[Key]) -> _Packed:
-        images = [
-            transforms.resize(self.dataset.read(index), *self._sizes[index]) for _, index in keys
-        ]
-        return self.packed(keys, images, [], [])
+    def transform(self, epoch: int, index: int) -> transforms.Transform:
+        return transforms.Transform(*self._sizes[index])
 
 
 def _fits_in_memory(dataset: DetectionDataset, recipe: Recipe) -> bool:

@@ -206,6 +206,10 @@ class DenseDetector(FPNDetector):
             num_positive=self.count_positive(positive),
         )
 
+    def class_targets(self, output: DenseOutput, assignment: Assignment) -> Tensor:
+        """(B, P) the score that each positive's class learns, 0 elsewhere."""
+        return assignment.positive.float()
+
     def count_positive(self, positive: Tensor) -> Tensor:
         """The normaliser of a batch from (B, P) bool: an image without positives counts as one."""
         count = positive.sum(1).clamp(min=1).sum().float()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
+import torch
 from torch import Tensor, nn
 
 from detdistill.boxes import centers_xy, elementwise_iou, xyxy_to_ltrb
@@ -22,7 +23,7 @@ from detdistill.parts.losses import (
     quality_focal_loss_sum,
 )
 from detdistill.registry import AtLeastOne
-from detdistill.structures import Assignment, DenseOutput, Targets
+from detdistill.structures import Assignment, DenseOutput, Targets, flatten_maps
 
 ANCHOR_SCALE = 8  # anchors are squares of 8 strides
 
@@ -106,8 +107,7 @@ class GFL(DenseDetector):
         encodings, wanted = flat.boxes[image, row], assignment.boxes[image, row]
         anchors = self.flat_anchors(output.anchors)[row]
         found = self.decode(encodings, anchors)
-        quality = flat.logits.new_zeros(assignment.labels.shape)
-        quality[image, row] = elementwise_iou(found.detach(), wanted)
+        quality = _scatter_iou(found.detach(), assignment)
         cls = quality_focal_loss_sum(flat.logits, assignment.labels, quality, assignment.weights)
         weight = flat.logits.detach()[image, row].sigmoid().amax(-1)
         weight_sum = mean_over_processes(weight.sum(), self.reduce, at_least=1)
@@ -124,3 +124,18 @@ class GFL(DenseDetector):
                 "dfl": (dfl.reshape(-1, 4).mean(1) * weight).sum() / weight_sum + tie,
             }
         )
+
+    @torch.no_grad()
+    def class_targets(self, output: DenseOutput, assignment: Assignment) -> Tensor:
+        """(B, P) the IoU of each positive's own box with its object, 0 elsewhere."""
+        image, row = assignment.positive.nonzero(as_tuple=True)
+        encodings = flatten_maps(output.predictions.boxes)[image, row]
+        found = self.decode(encodings, self.flat_anchors(output.anchors)[row])
+        return _scatter_iou(found, assignment)
+
+
+def _scatter_iou(found: Tensor, assignment: Assignment) -> Tensor:
+    """IoU of the positives' boxes (M, 4) with their objects, as (B, P)."""
+    quality = assignment.weights.new_zeros(assignment.weights.shape)
+    quality[assignment.positive] = elementwise_iou(found, assignment.boxes[assignment.positive])
+    return quality

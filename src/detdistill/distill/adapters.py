@@ -19,6 +19,11 @@ def channel_adapter(student_channels: int, teacher_channels: int) -> nn.Module:
     """A trainable 1x1 convolution where the widths differ, nothing where they agree."""
     if student_channels == teacher_channels:
         return nn.Identity()
+    return projection(student_channels, teacher_channels)
+
+
+def projection(student_channels: int, teacher_channels: int) -> nn.Conv2d:
+    """A trainable 1x1 convolution."""
     adapter = nn.Conv2d(student_channels, teacher_channels, 1)
     nn.init.xavier_uniform_(adapter.weight)
     nn.init.zeros_(adapter.bias)  # type: ignore[arg-type]
@@ -70,6 +75,16 @@ def check_same_classes(student: FPNDetector, teacher: FPNDetector, method: str) 
             f"{method}: class {i} is {teacher.classes[i]!r} for the teacher and "
             f"{student.classes[i]!r} for the student; train a teacher on the student's classes, "
             f"in the same order"
+        )
+
+
+def check_same_anchors(student: DenseDetector, teacher: DenseDetector, method: str) -> None:
+    """Refuses a pair whose predictions do not stand on the same anchors or points."""
+    if (student.grid.key, student.strides) != (teacher.grid.key, teacher.strides):
+        raise UserError(
+            f"{method} compares the two detectors anchor by anchor, and the anchors or points of "
+            f"the teacher {teacher.name} are not those of the student {student.name}; choose a "
+            f"teacher of the student's family, or crosskd, which does not need them to agree"
         )
 
 

@@ -7,7 +7,7 @@ of other kinds without any teacher. What both need stands here.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Literal, TypeVar
+from typing import Literal, TypeVar, get_args
 
 import torch
 import torch.nn.functional as F
@@ -26,6 +26,7 @@ from detdistill.structures import DenseOutput, Proposals, Pyramid, RoIOutput, Ta
 
 T = TypeVar("T")
 Projector = Literal["single", "per_anchor"]
+PROJECTORS: tuple[Projector, ...] = get_args(Projector)
 WARMUP = 2000  # steps, published
 
 

@@ -8,6 +8,7 @@ where it is done.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from typing import Annotated, Literal
 
 import torch
@@ -34,6 +35,7 @@ from detdistill.parts.losses import (
     mean_over_processes,
     soft_target_focal_sum,
 )
+from detdistill.registry import check_choice
 from detdistill.structures import Assignment, FlatPredictions
 
 DECODED_LOSSES = {"giou": giou_loss, "iou": log_iou_loss}
@@ -82,15 +84,15 @@ class CrossKD(Method):
     ) -> None:
         """None means the published value for the teacher's family."""
         super().__init__()
-        if not cls and not box and not quality:
-            raise UserError("crosskd with cls=False and box=False distils nothing; keep one branch")
-        if align_on not in ("post_act", "pre_act"):
-            raise UserError(f"crosskd: align_on is {align_on!r}; expected 'post_act' or 'pre_act'")
-        self.depth, self.student_depth = depth, student_depth
-        self.align, self.temperature = align, temperature
-        self.wanted = {"cls": cls, "box": box, "quality": quality}
-        self.given_weights = {"cls": cls_weight, "box": box_weight, "quality": quality_weight}
-        self.box_loss = box_loss
+        check_choice("crosskd: align_on", align_on, ("post_act", "pre_act"))
+        self.depth, self.student_depth, self.align = depth, student_depth, align
+        self.loss = PredictionLoss(
+            "crosskd",
+            {"cls": cls, "box": box, "quality": quality},
+            {"cls": cls_weight, "box": box_weight, "quality": quality_weight},
+            box_loss,
+            temperature,
+        )
         self.keep_pre_activation = align_on == "pre_act"
         self.adapters = nn.ModuleDict()
 
@@ -99,43 +101,17 @@ class CrossKD(Method):
         teacher = require_dense(teacher, "crosskd", "teacher")
         student = require_dense(student, "crosskd", "student")
         check_same_classes(student, teacher, "crosskd")
-        family = teacher.family if teacher.family in PUBLISHED else LIKE[teacher.box_coding]
-        published = PUBLISHED[family]
         self.levels = match_levels(student.strides, teacher.strides, "crosskd")
-        self._choose_depths(student, teacher, published.depth)
-        self.box_loss = self.box_loss or published.box_loss
-        if self.box_loss == "kl" and teacher.box_coding != "distribution":
-            raise UserError(
-                f"crosskd: box_loss 'kl' needs distance distributions, which {teacher.name} does "
-                f"not predict; use box_loss 'giou'"
-            )
-        self.divide_by = published.divide_by
-        self._choose_terms(teacher, published)
+        self._choose_depths(student, teacher, published_for(teacher).depth)
+        self.loss.settle(teacher, predictor=teacher)
+        self.weights = self.loss.weights
+        towers = [branch for term in self.weights for branch in teacher.towers_for(term)]
+        self.branches = list(dict.fromkeys(towers))
         assert self.student_depth is not None and self.depth is not None
         for branch in self.branches:
             self.adapters[branch] = channel_adapter(
                 student.tower_channels_at(self.student_depth), teacher.tower_channels_at(self.depth)
             )
-
-    def _choose_terms(self, teacher: DenseDetector, published: Published) -> None:
-        """Which terms there are, their weights, and the towers (branches) that they need."""
-        tower = teacher.quality_tower
-        wanted = dict(self.wanted)
-        if wanted["quality"] is None:
-            wanted["quality"] = published.quality_weight is not None and bool(wanted[str(tower)])
-        if wanted["quality"] and tower is None:
-            raise UserError(
-                f"crosskd: quality=True, but {teacher.name} has no quality branch; leave it out"
-            )
-        defaults = {
-            "cls": published.cls_weight,
-            "box": published.box_weight,
-            "quality": published.quality_weight or 1.0,
-        }
-        given = {term: w for term, w in self.given_weights.items() if w is not None}
-        self.weights = {t: w for t, w in {**defaults, **given}.items() if wanted[t]}
-        towers = [branch for term in self.weights for branch in teacher.towers_for(term)]
-        self.branches = list(dict.fromkeys(towers))
 
     def _choose_depths(self, student: DenseDetector, teacher: DenseDetector, depth: int) -> None:
         if self.depth is None:
@@ -153,8 +129,8 @@ class CrossKD(Method):
                 )
 
     def forward(self, step: Step) -> dict[str, Tensor]:
-        """Raw terms `cls` and `box`, summed over all levels."""
-        assert step.teacher is not None and self.depth is not None
+        """Raw terms `cls`, `box` and `quality` as far as wanted, summed over all levels."""
+        assert self.depth is not None
         entered = {
             branch: [
                 self._enter(branch, step, level, student_level)
@@ -164,20 +140,129 @@ class CrossKD(Method):
         }
         # With gradient: it flows through the teacher's frozen convolutions into the student.
         cross = step.dense_teacher.head_from(entered, self.depth).flatten()
+        return self.loss(cross, step, step.dense_teacher.decode)
+
+    def _enter(self, branch: str, step: Step, level: int, student_level: int) -> Tensor:
+        """The student's map, made ready for the teacher's block after `depth`."""
+        assert step.teacher is not None
+        entered: Tensor = step.student.towers[branch][student_level][self.student_depth]  # type: ignore[index]
+        entered = self.adapters[branch](entered)
+        if self.align:
+            teacher_map = step.teacher.towers[branch][level][self.depth]  # type: ignore[index]
+            entered = align_statistics(entered, teacher_map).to(entered.dtype)
+        # Published: a ReLU follows the alignment, except on raw pyramid levels.
+        return F.relu(entered) if self.depth else entered
+
+
+class PredictionLoss:
+    """CrossKD's comparison of predictions with the teacher's; `mimic` shares it.
+
+    Both sides stand on the teacher's anchors, so its assignment says what counts and what divides.
+
+    Args:
+        method: its name, for messages.
+        wanted: whether "cls", "box" and "quality" are compared; None as published.
+        given_weights: factors of these terms; None as published.
+        box_loss: None as published for the teacher.
+        temperature: of the KL.
+
+    Attributes:
+        weights: factor of each term that there is, after `settle`.
+
+    Raises:
+        UserError: when nothing is wanted.
+    """
+
+    def __init__(
+        self,
+        method: str,
+        wanted: Mapping[str, bool | None],
+        given_weights: Mapping[str, float | None],
+        box_loss: BoxLoss | None,
+        temperature: float,
+    ) -> None:
+        """Settings as the user gave them."""
+        if not any(wanted.values()):
+            raise UserError(
+                f"{method} with cls=False and box=False distils nothing; keep one branch"
+            )
+        self.method, self.wanted, self.given_weights = method, wanted, given_weights
+        self.box_loss, self.temperature = box_loss, temperature
+        self.weights: dict[str, float] = {}
+
+    def settle(self, teacher: DenseDetector, predictor: DenseDetector) -> None:
+        """Fills in what is published for the teacher, for predictions by a detector's head.
+
+        Raises:
+            UserError: when one of the two lacks what a setting needs.
+        """
+        published = published_for(teacher)
+        if not _same_bins(teacher, predictor):
+            if self.box_loss == "kl":
+                names = " and ".join(dict.fromkeys((teacher.name, predictor.name)))
+                raise UserError(
+                    f"{self.method}: box_loss 'kl' needs distance distributions over the same bins "
+                    f"on both sides, not predicted by {names}; use box_loss 'giou'"
+                )
+            if published.box_loss == "kl":
+                published = PUBLISHED[LIKE["deltas"]]  # for boxes that are compared decoded
+        self.box_loss, self.divide_by = self.box_loss or published.box_loss, published.divide_by
+        wanted = {**self.wanted, "quality": self._wants_quality(published, teacher, predictor)}
+        defaults = {
+            "cls": published.cls_weight,
+            "box": published.box_weight,
+            "quality": published.quality_weight or 1.0,
+        }
+        given = {term: w for term, w in self.given_weights.items() if w is not None}
+        self.weights = {t: w for t, w in {**defaults, **given}.items() if wanted[t]}
+
+    def _wants_quality(
+        self, published: Published, teacher: DenseDetector, predictor: DenseDetector
+    ) -> bool:
+        """As the user says; else as published, where both sides have the branch."""
+        without = [m.name for m in (teacher, predictor) if m.quality_tower is None]
+        if self.wanted["quality"] and without:
+            raise UserError(
+                f"{self.method}: quality=True, but {without[0]} has no quality branch; leave it out"
+            )
+        if self.wanted["quality"] is not None:
+            return self.wanted["quality"]
+        if published.quality_weight is None or without:
+            return False
+        return bool(self.wanted[str(teacher.quality_tower)])
+
+    def __call__(
+        self, found: FlatPredictions, step: Step, decode: Callable[[Tensor, Tensor], Tensor]
+    ) -> dict[str, Tensor]:
+        """Raw terms of predictions that learn from the teacher's, summed over all levels.
+
+        Args:
+            found: on the teacher's anchors, with gradient.
+            step: the training step.
+            decode: turns encodings (B, P, D) of `found`, on anchors (P, 4), to boxes (B, P, 4).
+        """
+        assert step.teacher is not None and self.box_loss is not None
         target = step.teacher.predictions.flatten()
         scores = target.logits.sigmoid()
-        # Both sides come from the teacher's head, so its anchors say what counts.
         assignment, normaliser = step.teacher_assignment, self._normaliser(step)
         terms = {}
         if "cls" in self.weights:
             # CrossKD eq. for classification; published normaliser: positives, not all locations.
-            total = soft_target_focal_sum(cross.logits, scores, assignment.weights, 1)
+            total = soft_target_focal_sum(found.logits, scores, assignment.weights, 1)
             terms["cls"] = total / normaliser
         if "box" in self.weights:
+            # Published: the teacher's best score; the paper weighs all anchors alike.
             best_score = scores.amax(-1) * assignment.weights
-            terms["box"] = self._box(step, cross, target, best_score, normaliser)
+            if self.box_loss == "kl":
+                terms["box"] = self._box_kl(found.boxes, target.boxes, best_score)
+            else:
+                anchors = step.dense_teacher.flat_anchors(step.teacher.anchors)
+                boxes = decode(found.boxes, anchors)
+                target_boxes = step.dense_teacher.decode(target.boxes, anchors)
+                losses = DECODED_LOSSES[self.box_loss](boxes, target_boxes)
+                terms["box"] = (losses * best_score).sum() / normaliser
         if "quality" in self.weights:
-            terms["quality"] = _quality_sum(cross, target, assignment) / assignment.num_positive
+            terms["quality"] = _quality_sum(found, target, assignment) / assignment.num_positive
         return terms
 
     def _normaliser(self, step: Step) -> Tensor:
@@ -191,46 +276,28 @@ class CrossKD(Method):
         # as it does for the other families.
         return torch.where(total > 0, total, float(len(assignment.quality)))
 
-    def _enter(self, branch: str, step: Step, level: int, student_level: int) -> Tensor:
-        """The student's map, made ready for the teacher's block after `depth`."""
-        assert step.teacher is not None
-        entered: Tensor = step.student.towers[branch][student_level][self.student_depth]  # type: ignore[index]
-        entered = self.adapters[branch](entered)
-        if self.align:
-            teacher_map = step.teacher.towers[branch][level][self.depth]  # type: ignore[index]
-            entered = align_statistics(entered, teacher_map).to(entered.dtype)
-        # Published: a ReLU follows the alignment, except on raw pyramid levels.
-        return F.relu(entered) if self.depth else entered
-
-    def _box(
-        self,
-        step: Step,
-        cross: FlatPredictions,
-        target: FlatPredictions,
-        best_score: Tensor,
-        normaliser: Tensor,
-    ) -> Tensor:
-        """Weighted by the teacher's best score (published code; the paper weighs all alike)."""
-        assert step.teacher is not None
-        if self.box_loss == "kl":
-            sides = (*cross.boxes.shape[:2], 4, -1)
-            divergence = distribution_kl(
-                cross.boxes.reshape(sides), target.boxes.reshape(sides), self.temperature
-            )
-            # Mean over the sides, then over the weights; published unclamped, NaN at weight 0.
-            total = best_score.sum().clamp(min=1e-6)
-            return (divergence.mean(-1) * best_score).sum() / total
-        anchors = step.dense_teacher.flat_anchors(step.teacher.anchors)
-        boxes = step.dense_teacher.decode(cross.boxes, anchors)
-        target_boxes = step.dense_teacher.decode(target.boxes, anchors)
-        assert self.box_loss is not None
-        losses = DECODED_LOSSES[self.box_loss](boxes, target_boxes)
-        return (losses * best_score).sum() / normaliser
+    def _box_kl(self, found: Tensor, target: Tensor, best_score: Tensor) -> Tensor:
+        """Of distributions (B, P, 4*(R+1)), weighted by the teacher's best score (B, P)."""
+        sides = (*found.shape[:2], 4, -1)
+        divergence = distribution_kl(found.reshape(sides), target.reshape(sides), self.temperature)
+        # Mean over the sides, then over the weights; published unclamped, NaN at weight 0.
+        total = best_score.sum().clamp(min=1e-6)
+        return (divergence.mean(-1) * best_score).sum() / total
 
 
-def _quality_sum(cross: FlatPredictions, target: FlatPredictions, assignment: Assignment) -> Tensor:
+def published_for(teacher: DenseDetector) -> Published:
+    """Settings of the teacher's family, or of the one with its box encoding."""
+    return PUBLISHED[teacher.family if teacher.family in PUBLISHED else LIKE[teacher.box_coding]]
+
+
+def _same_bins(teacher: DenseDetector, student: DenseDetector) -> bool:
+    coded = {(m.box_coding, getattr(m, "reg_max", None)) for m in (teacher, student)}
+    return len(coded) == 1 and teacher.box_coding == "distribution"
+
+
+def _quality_sum(found: FlatPredictions, target: FlatPredictions, assignment: Assignment) -> Tensor:
     """BCE towards the teacher's quality, summed over the positives, as published."""
-    assert cross.quality is not None and target.quality is not None
-    found = cross.quality[assignment.positive]
+    assert found.quality is not None and target.quality is not None
+    logits = found.quality[assignment.positive]
     wanted = target.quality[assignment.positive].sigmoid()
-    return F.binary_cross_entropy_with_logits(found, wanted, reduction="sum")
+    return F.binary_cross_entropy_with_logits(logits, wanted, reduction="sum")

@@ -24,6 +24,7 @@ from detdistill.detectors.roi_head import RoIHead
 from detdistill.detectors.two_stage import TwoStageDetector
 from detdistill.distill.adapters import check_same_classes, match_levels
 from detdistill.distill.assistants import (
+    PROJECTORS,
     AssistedMethod,
     CellProjector,
     DenseAssistant,
@@ -40,7 +41,7 @@ from detdistill.distill.assistants import (
 )
 from detdistill.distill.method import METHODS, Step
 from detdistill.errors import UserError
-from detdistill.registry import AtLeastOne
+from detdistill.registry import AtLeastOne, check_choice
 from detdistill.structures import DenseOutput, Proposals
 
 
@@ -119,6 +120,7 @@ class HEAD(AssistedMethod):
     ) -> None:
         """None means the published value for the pair."""
         super().__init__()
+        check_choice("head: ckd_projector", ckd_projector, PROJECTORS)
         self.needs_teacher = akd or ckd is not False
         self.settings = Settings(
             akd, ckd, akd_weight, ckd_weight, assistant_warmup, ckd_projector, proposals

@@ -8,7 +8,7 @@ own losses reach the student's pyramid; the distillation reaches the student alo
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal, cast
+from typing import Literal, cast, get_args
 
 from torch import Tensor, nn
 
@@ -16,6 +16,7 @@ from detdistill.detectors.base import FPNDetector
 from detdistill.detectors.dense import DenseDetector
 from detdistill.detectors.two_stage import TwoStageDetector
 from detdistill.distill.assistants import (
+    PROJECTORS,
     AssistedMethod,
     CellProjector,
     DenseAssistant,
@@ -32,10 +33,10 @@ from detdistill.distill.assistants import (
 )
 from detdistill.distill.method import METHODS, Step
 from detdistill.errors import UserError
-from detdistill.registry import AtLeastOne
+from detdistill.registry import AtLeastOne, check_choice
 
 Kind = Literal["fcos", "retinanet", "rcnn"]
-KINDS: tuple[Kind, ...] = ("fcos", "retinanet", "rcnn")
+KINDS: tuple[Kind, ...] = get_args(Kind)
 LOSS_WEIGHT = {"fcos": 0.5, "retinanet": 1.0, "rcnn": 1.0}
 """Of each of an assistant's own losses: published for FCOS and R-CNN, RetinaNet's is ours."""
 
@@ -81,6 +82,9 @@ class TFHEAD(AssistedMethod):
     ) -> None:
         """None means the published assistants for the student."""
         super().__init__()
+        check_choice("tf_head: ckd_projector", ckd_projector, PROJECTORS)
+        for kind in assistants or ():
+            check_choice("tf_head: assistants", kind, KINDS)
         if assistants is not None and len(set(assistants)) != max(1, len(assistants)):
             raise UserError(
                 f"tf_head: assistants is {list(assistants)}; name each of {list(KINDS)} at most "

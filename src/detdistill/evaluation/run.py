@@ -38,7 +38,7 @@ def detect_dataset(
     Returns:
         Boxes in pixels of the original images, clipped there; sorted by image, best first.
     """
-    category_ids = _category_ids(detector, dataset)
+    category_ids = category_ids_of(detector, dataset)
     training = detector.training
     detector.to(device).eval()
     found: dict[int, list[Result]] = {}
@@ -130,8 +130,12 @@ def _to_results(
     ]
 
 
-def _category_ids(detector: FPNDetector, dataset: DetectionDataset) -> list[int]:
-    """The data set's category id of each of the detector's labels, matched by name if known."""
+def category_ids_of(detector: FPNDetector, dataset: DetectionDataset) -> list[int]:
+    """The data set's category id of each of the detector's labels, matched by name if known.
+
+    Raises:
+        UserError: when their classes differ in number or by name.
+    """
     if detector.num_classes != len(dataset.classes):
         raise UserError(
             f"the detector knows {detector.num_classes} classes, but {dataset.source} has "

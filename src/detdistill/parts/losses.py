@@ -132,6 +132,18 @@ def distribution_kl(logits: Tensor, targets: Tensor, temperature: float) -> Tens
     return (log_target.exp() * (log_target - log_prediction)).sum(-1) * temperature**2
 
 
+def bernoulli_kl(logits: Tensor, targets: Tensor, temperature: float) -> Tensor:
+    """KL(target || prediction) of each pair of scores, times T^2: two (...) logits to (...).
+
+    Its gradient is that of the BCE towards the target's score.
+    """
+    logits, targets = logits / temperature, targets / temperature
+    score = targets.sigmoid()
+    present = score * (F.logsigmoid(targets) - F.logsigmoid(logits))
+    absent = (1 - score) * (F.logsigmoid(-targets) - F.logsigmoid(-logits))
+    return (present + absent) * temperature**2
+
+
 def mean_over_processes(value: Tensor, reduce: Reduce, at_least: float = 0.0) -> Tensor:
     """A normaliser: the value itself, or its mean over all processes for `reduce="global"`.
 

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import html
-import io
 import math
-import re
 import statistics
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -15,29 +12,12 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from detdistill.drawing.charts import INK, STYLE, WIDTH, svg
 from detdistill.study.runs import RunScore, read_log
 from detdistill.study.summary import Arm
 
-WIDTH = 9.6  # inches; at font size 10 the text comes out about as large as the page's own
-INK = "#123456"  # replaced by the page's own text colour
 METHOD_COLOURS = ("#2f7de1", "#1f9d6b", "#a25ddc", "#d6498f", "#0f9fb5")
 COLOURS = {"teacher": "#8b929c", "control": "#e07b1f", "same_time": "#c9a227"}
-STYLE: Any = {
-    "svg.fonttype": "none",
-    "font.family": "sans-serif",
-    "font.size": 10,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "grid.alpha": 0.25,
-    "grid.linewidth": 0.6,
-    "axes.titlesize": 10.5,
-    "axes.titleweight": "bold",
-    "legend.frameon": False,
-    **{key: INK for key in ("text.color", "axes.labelcolor", "axes.edgecolor", "grid.color")},
-    **{key: INK for key in ("xtick.color", "ytick.color")},
-}
 
 
 def arm_colours(arms: Sequence[Arm]) -> dict[str, str]:
@@ -81,7 +61,7 @@ def seeds_chart(arms: Sequence[Arm]) -> str:
         axes.grid(axis="y", visible=False)
         axes.set_xlabel("AP on test")
     summary = ", ".join(f"{arm.title} {arm.mean():.1f}" for arm in arms)
-    return _svg(figure, "seeds", f"Mean test AP of each arm: {summary}")
+    return svg(figure, "seeds", f"Mean test AP of each arm: {summary}")
 
 
 def ap_chart(arms: Sequence[Arm]) -> str | None:
@@ -98,7 +78,7 @@ def ap_chart(arms: Sequence[Arm]) -> str | None:
         axes.set_ylim(bottom=0)
         if drawn:
             axes.legend(loc="lower right")
-    return _svg(figure, "ap", "AP on val over training steps of each arm") if drawn else None
+    return svg(figure, "ap", "AP on val over training steps of each arm") if drawn else None
 
 
 def loss_chart(arms: Sequence[Arm]) -> str | None:
@@ -130,7 +110,7 @@ def loss_chart(arms: Sequence[Arm]) -> str | None:
         figure.supxlabel("step", fontsize=10)
         handles = _legend_handles(grid.flat[: len(terms)])
         figure.legend(handles.values(), handles.keys(), loc="outside upper center", ncols=4)
-    return _svg(figure, "loss", f"Loss terms over training steps: {', '.join(terms)}")
+    return svg(figure, "loss", f"Loss terms over training steps: {', '.join(terms)}")
 
 
 def class_chart(arm: Arm, control: Arm, colour: str, limit: int = 30) -> str | None:
@@ -155,7 +135,7 @@ def class_chart(arm: Arm, control: Arm, colour: str, limit: int = 30) -> str | N
         axes.grid(axis="y", visible=False)
         axes.set_xlabel("AP gained over the student alone")
     summary = ", ".join(f"{name} {gains[name]:+.1f}" for name in names)
-    return _svg(
+    return svg(
         figure, f"classes-{arm.name.replace('+', '-')}", f"Gain per class by {arm.title}: {summary}"
     )
 
@@ -235,18 +215,3 @@ def _legend_handles(grid: Iterable[Axes]) -> dict[str, Any]:
         for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
             handles.setdefault(label, handle)
     return handles
-
-
-def _svg(figure: Figure, name: str, description: str) -> str:
-    """The figure as an `<svg>` element without XML preamble, with a text for screen readers."""
-    memory = io.StringIO()
-    # The salt makes element ids the same in every build; the prefix keeps charts apart on a page.
-    with matplotlib.rc_context({**STYLE, "svg.hashsalt": name}):
-        figure.savefig(memory, format="svg", transparent=True, metadata={"Date": None})
-    text = memory.getvalue()
-    text = text[text.index("<svg") :]
-    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
-    text = re.sub(r'( id="|href="#|url\(#)', rf"\g<1>{name}-", text)
-    label = html.escape(description, quote=True)
-    text = text.replace("<svg ", f'<svg role="img" aria-label="{label}" ', 1)
-    return text.replace(INK, "currentColor")

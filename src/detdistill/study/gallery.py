@@ -12,22 +12,14 @@ import torch
 from torch import Tensor
 
 from detdistill.data import DetectionDataset
+from detdistill.drawing.page import Panel
+from detdistill.drawing.pictures import Layer, draw_layers, jpeg_data_uri
 from detdistill.evaluation.coco import Matches, match_at_50
-from detdistill.study.pictures import Layer, draw_layers, jpeg_data_uri
 from detdistill.study.runs import TEST_DETECTIONS, RunScore, read_json
 from detdistill.study.summary import Arm
 
 # Told apart by people who are colour-blind, too: bluish green, orange, yellow and dashed.
 CORRECT, FALSE, MISSED, TRUTH = "#00c78b", "#ff6a1f", "#ffe11f", "#5db2ff"
-
-
-@dataclass(frozen=True)
-class Panel:
-    """One picture of a row: title, caption for people and screen readers, embedded image."""
-
-    title: str
-    caption: str
-    data_uri: str
 
 
 @dataclass(frozen=True)

@@ -9,10 +9,11 @@ from pathlib import Path
 from string import Template
 
 from detdistill.data import open_dataset
+from detdistill.drawing.page import cards, facts_list, figure, page, panel_row, verdict, warnings
 from detdistill.engine.checkpoint import write_text
 from detdistill.recipe import Recipe, dump_recipe
 from detdistill.study.curves import ap_chart, arm_colours, class_chart, loss_chart, seeds_chart
-from detdistill.study.gallery import CORRECT, FALSE, MISSED, TRUTH, Panel, make_gallery
+from detdistill.study.gallery import CORRECT, FALSE, MISSED, TRUTH, make_gallery
 from detdistill.study.summary import Arm, paired_gains
 from detdistill.study.table import HEADER, NOTES, size_rows, table_rows
 
@@ -44,13 +45,11 @@ def write_report(
     template = Template((files("detdistill.study") / "report.html").read_text(encoding="utf-8"))
     control = next(arm for arm in arms if arm.kind == "control")
     best = best_method(arms)
-    page = template.substitute(
-        title=html.escape(f"Does distillation help {recipe.student}?"),
-        verdict="".join(f"<p>{html.escape(text)}</p>" for text in sentences),
-        warnings="".join(
-            f'<p class="warning"><strong>Warning.</strong> {html.escape(text)}</p>'
-            for text in caveats
-        ),
+    title = f"Does distillation help {recipe.student}?"
+    body = template.substitute(
+        title=html.escape(title),
+        verdict=verdict(sentences),
+        warnings=warnings(caveats),
         cards=_cards(arms, control, best),
         seeds=seeds_chart(arms),
         table=_table(arms, HEADER, table_rows(arms)),
@@ -60,11 +59,11 @@ def write_report(
         classes=_classes(arms, control),
         legend=LEGEND,
         gallery=_gallery(arms, best, recipe),
-        facts=_facts(facts),
+        facts=facts_list(facts),
         recipe=html.escape(dump_recipe(recipe)),
     )
     path = out / "report.html"
-    write_text(path, page)
+    write_text(path, page(title, body))
     return path
 
 
@@ -78,16 +77,12 @@ def _cards(arms: Sequence[Arm], control: Arm, best: Arm) -> str:
     teacher = next(arm for arm in arms if arm.kind == "teacher")
     gains = paired_gains(best, control)
     gain = sum(gains) / len(gains)
-    cards = [
+    entries = [
         ("student alone", f"{control.mean():.1f}", "AP on test"),
         (f"student + {best.title}", f"{best.mean():.1f}", f"AP on test, {gain:+.1f}"),
         ("teacher", f"{teacher.mean():.1f}", "AP on test"),
     ]
-    return "".join(
-        f'<div class="card"><div class="label">{html.escape(label)}</div>'
-        f'<div class="number">{number}</div><div class="unit">{html.escape(unit)}</div></div>'
-        for label, number, unit in cards
-    )
+    return cards(entries)
 
 
 def _table(arms: Sequence[Arm], header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -111,7 +106,7 @@ def _figures(arms: Sequence[Arm]) -> str:
         "Loss terms on train as they enter the sum (weighted, smoothed). "
         "The highest first values are cut off.": loss_chart(arms),
     }
-    parts = [_figure(chart, caption) for caption, chart in charts.items() if chart]
+    parts = [figure(chart, caption) for caption, chart in charts.items() if chart]
     return "".join(parts) or "<p>The runs logged no curves.</p>"
 
 
@@ -122,12 +117,8 @@ def _classes(arms: Sequence[Arm], control: Arm) -> str:
             chart = class_chart(arm, control, colours[arm.name])
             if chart:
                 caption = f"{arm.title}: gain per class on test, mean over seeds, paired."
-                parts.append(_figure(chart, caption))
+                parts.append(figure(chart, caption))
     return "".join(parts) or "<p>No class has test boxes.</p>"
-
-
-def _figure(svg: str, caption: str) -> str:
-    return f"<figure>{svg}<figcaption>{html.escape(caption)}</figcaption></figure>"
 
 
 def _gallery(arms: Sequence[Arm], best: Arm, recipe: Recipe) -> str:
@@ -136,24 +127,5 @@ def _gallery(arms: Sequence[Arm], best: Arm, recipe: Recipe) -> str:
     for group, rows in groups.items():
         if rows:
             parts.append(f"<h3>{GROUPS[group]}</h3>")
-            parts += [_gallery_row(row) for row in rows]
+            parts += [panel_row(row) for row in rows]
     return "".join(parts) or "<p>Student and distilled student do alike on every picture.</p>"
-
-
-def _gallery_row(row: Sequence[Panel]) -> str:
-    cells = []
-    for panel in row:
-        alt = html.escape(f"{panel.title}: {panel.caption}", quote=True)
-        cells.append(
-            f'<figure><img src="{panel.data_uri}" alt="{alt}"><figcaption>'
-            f"<strong>{html.escape(panel.title)}</strong> {html.escape(panel.caption)}"
-            "</figcaption></figure>"
-        )
-    return f'<div class="row">{"".join(cells)}</div>'
-
-
-def _facts(facts: dict[str, str]) -> str:
-    return "".join(
-        f"<dt>{html.escape(name)}</dt><dd><code>{html.escape(value)}</code></dd>"
-        for name, value in facts.items()
-    )

@@ -111,7 +111,7 @@ def draw_layers(image: Tensor, layers: Sequence[Layer]) -> Tensor:
         (3, H, W) uint8, enlarged like that of `draw_boxes`.
     """
     enlarged, factor = _enlarged(image)
-    canvas = _to_pil(enlarged)
+    canvas = to_pil(enlarged)
     draw = ImageDraw.Draw(canvas)
     width = max(3, round(max(canvas.size) / 130))
     for layer in layers:
@@ -120,19 +120,19 @@ def draw_layers(image: Tensor, layers: Sequence[Layer]) -> Tensor:
                 draw.line((*start, *end), fill="black", width=width + 2)
             for start, end in _edges(box, canvas.size, 4.0 * width if layer.dashed else None):
                 draw.line((*start, *end), fill=layer.colour, width=width)
-    return _from_pil(canvas)
+    return from_pil(canvas)
 
 
 def save_png(image: Tensor, path: Path) -> None:
     """Writes a (3, h, w) uint8 image; the file appears whole or not at all."""
     temporary = path.with_name(path.name + ".tmp")
-    _to_pil(image).save(temporary, format="PNG")
+    to_pil(image).save(temporary, format="PNG")
     os.replace(temporary, path)
 
 
 def jpeg_data_uri(image: Tensor, longest: int = 480) -> str:
     """A (3, h, w) uint8 image as text that a page can embed, shrunk to `longest` pixels."""
-    picture = _to_pil(image)
+    picture = to_pil(image)
     picture.thumbnail((longest, longest), Image.Resampling.LANCZOS)
     memory = io.BytesIO()
     picture.save(memory, format="JPEG", quality=85)
@@ -169,7 +169,7 @@ def _write_labels(
     image: Tensor, boxes_xyxy: Tensor, texts: list[str], colours: list[Colour]
 ) -> Tensor:
     """Names on a filled strip above each box, or inside it at the upper edge of the image."""
-    canvas = _to_pil(image)
+    canvas = to_pil(image)
     draw = ImageDraw.Draw(canvas)
     font = _font(max(11, round(max(image.shape[1:]) / 42)))
     for (x, y, _, _), text, colour in zip(boxes_xyxy.tolist(), texts, colours, strict=True):
@@ -180,7 +180,7 @@ def _write_labels(
         draw.rectangle((x, y, x + width, y + height), fill=colour)
         ink = "black" if 0.3 * colour[0] + 0.59 * colour[1] + 0.11 * colour[2] > 128 else "white"
         draw.text((x + 2 - left, y + 2 - top), text, font=font, fill=ink)
-    return _from_pil(canvas)
+    return from_pil(canvas)
 
 
 @cache
@@ -189,9 +189,11 @@ def _font(size: int) -> ImageFont.FreeTypeFont:
     return ImageFont.truetype(f"{matplotlib.get_data_path()}/fonts/ttf/DejaVuSans.ttf", size)
 
 
-def _to_pil(image: Tensor) -> Image.Image:
+def to_pil(image: Tensor) -> Image.Image:
+    """A (3, h, w) uint8 image for Pillow."""
     return Image.fromarray(image.permute(1, 2, 0).cpu().numpy())
 
 
-def _from_pil(image: Image.Image) -> Tensor:
+def from_pil(image: Image.Image) -> Tensor:
+    """An RGB picture of Pillow as (3, h, w) uint8."""
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()

@@ -8,8 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from detdistill.structures import Detections
-from detdistill.study.pictures import (
+from detdistill.drawing.pictures import (
     Layer,
     class_colours,
     draw_boxes,
@@ -18,6 +17,7 @@ from detdistill.study.pictures import (
     jpeg_data_uri,
     save_png,
 )
+from detdistill.structures import Detections
 
 CLASSES = ["cat", "dog"]
 

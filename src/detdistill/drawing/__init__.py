@@ -1,0 +1,1 @@
+"""What reports are drawn with: pictures with boxes, charts as SVG, the frame of a page."""
