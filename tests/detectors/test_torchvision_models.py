@@ -18,18 +18,30 @@ from torchvision.ops.feature_pyramid_network import LastLevelP6P7
 from detdistill import UserError, as_detector, load_detector, save_detector
 from detdistill.detectors import torchvision_models
 from detdistill.errors import UserNotice
+from tests.detectors.test_two_stage_views import lively as two_stage
 from tests.detectors.test_views import lively
 from tests.helpers import make_batch
 
 
-def build(kind, classes=4, norm=FrozenBatchNorm2d, depth="resnet18"):
-    p6 = 512 if kind == "retinanet_v2" else 256
+def build(kind, classes=4, norm=FrozenBatchNorm2d, **options):
+    """Full width: that is what a file of torchvision's has."""
+    if kind.startswith("faster"):
+        name = {"v1": "resnet50_fpn", "v2": "resnet50_fpn_v2"}.get(
+            kind[7:], "mobilenet_v3_large_fpn"
+        )
+        make = getattr(detection, f"fasterrcnn_{name}")
+        model = make(weights=None, weights_backbone=None, num_classes=classes, **options)
+        predictor = two_stage(model).roi_heads.box_predictor
+        with torch.no_grad():  # deep random features are large: classes and boxes would be extreme
+            for layer in (model.rpn.head.bbox_pred, predictor.bbox_pred, predictor.cls_score):
+                layer.weight.mul_(1e-3)
+        return model.eval()
     backbone = resnet_fpn_backbone(
-        backbone_name=depth,
+        backbone_name="resnet18",
         weights=None,
         norm_layer=norm,
         returned_layers=[2, 3, 4],
-        extra_blocks=LastLevelP6P7(p6, 256),
+        extra_blocks=LastLevelP6P7(512 if kind == "retinanet_v2" else 256, 256),
     )
     if kind == "fcos":
         return lively(detection.FCOS(backbone, classes)).eval()
@@ -42,6 +54,7 @@ def build(kind, classes=4, norm=FrozenBatchNorm2d, depth="resnet18"):
 
 def outputs(view):
     batch = make_batch(size=(64, 64), num_classes=2)
+    torch.manual_seed(0)  # of the samplers
     with torch.no_grad():
         output = view(batch)
         losses = view.loss(output, batch.padded_targets())
@@ -105,8 +118,12 @@ def test_the_published_v1_runs_without_epsilon(tmp_path, monkeypatch):
 
     assert epsilons() == {1e-5}
     digest = hashlib.sha256(file.read_bytes()).hexdigest()
-    monkeypatch.setattr(torchvision_models, "NO_EPSILON", digest[:8])
+    published = torchvision_models.PUBLISHED
+    assert published["eeacb38b"] == {"norm_eps": 0.0}
+    monkeypatch.setitem(published, digest[:8], published["eeacb38b"])
     assert epsilons() == {0.0}
+    monkeypatch.setitem(published, digest[:8], {"traits": {"transform.min_size": [320]}})
+    assert load_detector("retinanet_r18", file).input_size == (320, 1333)
 
 
 def test_coco_categories_become_the_80_classes(tmp_path):
@@ -117,6 +134,34 @@ def test_coco_categories_become_the_80_classes(tmp_path):
     assert (view.classes[0], view.labels[0]) == ("person", 1)
     assert (view.classes[-1], view.labels[-1]) == ("toothbrush", 90)
     assert load_detector("fcos_r18", tmp_path / "coco.pth", labels=[5]).num_classes == 1
+
+
+FASTER = {"faster_v1": "r50", "faster_v2": "r50", "faster_mobilenet": "mobilenet_v3_large"}
+
+
+@pytest.mark.parametrize("kind", FASTER)
+def test_faster_rcnn(kind, tmp_path):
+    model = build(kind)
+    torch.save(model.state_dict(), tmp_path / "weights.pth")
+    view = load_detector(f"faster_rcnn_{FASTER[kind]}", tmp_path / "weights.pth").eval()
+    assert view.name.endswith(FASTER[kind] + ("_v2" if kind == "faster_v2" else ""))
+    assert view.num_classes == 3  # without the background
+    for key, tensor in model.state_dict().items():
+        assert torch.equal(view.model.state_dict()[key], tensor), key
+    assert_same(view, as_detector(model))
+
+
+def test_faster_rcnn_saves_what_its_weights_do_not_show(tmp_path):
+    model = build("faster_mobilenet", rpn_score_thresh=0.2, box_batch_size_per_image=33)
+    model.backbone.body["0"].requires_grad_(False)
+    view = as_detector(model, labels=[2, 1])
+    save_detector(view, tmp_path / "model.safetensors")
+    loaded = load_detector(tmp_path).eval()
+    assert loaded.model.rpn.score_thresh == 0.2
+    assert loaded.model.roi_heads.fg_bg_sampler.batch_size_per_image == 33
+    frozen = [n for n, p in loaded.model.named_parameters() if not p.requires_grad]
+    assert frozen and all(name.startswith("backbone.body.0.") for name in frozen)
+    assert_same(loaded, view)
 
 
 @pytest.mark.parametrize("kind", ["retinanet_v2", "fcos"])
@@ -168,12 +213,14 @@ def test_refusals(tmp_path):
     assert notices[0].filename == __file__
     with pytest.raises(UserError, match=r"torchvision's retinanet_r18.*no option 'fpn_channels'"):
         load_detector("retinanet_r18", file, fpn_channels=8)
+    with pytest.raises(UserError, match="traits: a torchvision model has no 'forward'"):
+        load_detector("retinanet_r18", file, traits={"forward": 1})
     backbone = mobilenet_v2().features[:7]
     backbone.out_channels = 32
     sizes, ratios = ((32, 64),), ((0.5, 1.0),)
     generator = detection.anchor_utils.AnchorGenerator(sizes, ratios)
     other = detection.RetinaNet(backbone, 2, anchor_generator=generator)
     torch.save(other.state_dict(), file)
-    with pytest.raises(UserError, match=r"another backbone than ResNet.*detdistill\.as_detector"):
+    with pytest.raises(UserError, match=r"another backbone or pyramid.*detdistill\.as_detector"):
         load_detector("retinanet_r18", file)
     assert as_detector(other).strides == (8,)

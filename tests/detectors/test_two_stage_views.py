@@ -158,7 +158,9 @@ def test_proposals_are_the_models_own_and_know_their_origin(model):
             torch.testing.assert_close(logit.sigmoid(), found.scores[image][i])
 
 
-def test_samples_mark_the_ground_truth(model):
+def test_samples_mark_the_ground_truth(model, monkeypatch):
+    sampler = model.roi_heads.fg_bg_sampler
+    monkeypatch.setattr(sampler, "batch_size_per_image", 8000)  # all positives, no draw
     view = as_detector(model.eval())
     ready, targets = prepared(model)
     with torch.no_grad():
@@ -168,7 +170,8 @@ def test_samples_mark_the_ground_truth(model):
         slots = sampled.origin[image][truth][:, 3]
         assert torch.equal(sampled.boxes_xyxy[image][truth], targets.boxes[image][slots])
         assert torch.equal(sampled.labels[image][truth], targets.labels[image][slots])
-        assert (sampled.scores[image][truth] == 1).all() and truth.any()
+        assert (sampled.scores[image][truth] == 1).all()
+        assert sorted(slots.tolist()) == list(range(int(targets.present[image].sum())))
         rest = sampled.labels[image] == CLASSES
         assert (sampled.matched_boxes[image][rest] == 0).all() and rest.any()
         assert (sampled.matched_boxes[image][~rest] > 0).any()

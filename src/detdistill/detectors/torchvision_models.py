@@ -1,7 +1,8 @@
-"""torchvision's RetinaNet and FCOS rebuilt from their weights, as views.
+"""torchvision's RetinaNet, FCOS and Faster R-CNN rebuilt from their weights, as views.
 
 They cannot become our detectors of the same names: torchvision rounds its anchors, spaces them by
-the size of the level, and applies ReLU before P7. So the weights keep their own architecture.
+the size of the level, pools boxes half a pixel beside ours, and applies ReLU before P7. So the
+weights keep their own architecture.
 """
 
 from __future__ import annotations
@@ -9,19 +10,24 @@ from __future__ import annotations
 import hashlib
 import re
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import partial, reduce
 from pathlib import Path
 from typing import Any, Literal
 
 from torch import Tensor, nn
-from torchvision.models.detection import FCOS, FCOS_ResNet50_FPN_Weights, RetinaNet
+from torchvision.models.detection import FCOS, FasterRCNN, FCOS_ResNet50_FPN_Weights, RetinaNet
 from torchvision.models.detection.anchor_utils import AnchorGenerator
-from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
+from torchvision.models.detection.backbone_utils import mobilenet_backbone, resnet_fpn_backbone
+from torchvision.models.detection.faster_rcnn import FastRCNNConvFCHead
 from torchvision.models.detection.retinanet import RetinaNetHead
+from torchvision.models.detection.rpn import RPNHead
 from torchvision.ops import FrozenBatchNorm2d
-from torchvision.ops.feature_pyramid_network import LastLevelP6P7
+from torchvision.ops.feature_pyramid_network import (
+    FeaturePyramidNetwork,
+    LastLevelMaxPool,
+    LastLevelP6P7,
+)
 
 from detdistill.detectors.view_base import TorchvisionView
 from detdistill.detectors.views import as_detector
@@ -38,13 +44,39 @@ DEPTHS: dict[tuple[bool, tuple[int, ...]], str] = {
     (True, (3, 4, 23, 3)): "r101",
     (True, (3, 8, 36, 3)): "r152",
 }
-STAGES = ("layer4", "layer3", "layer2", "layer1", "conv1")  # in the order in which they thaw
-LIMITS = ("score_thresh", "nms_thresh", "detections_per_img", "topk_candidates")
+MOBILENET = "mobilenet_v3_large"
+WIDTH = 256  # of every pyramid that torchvision builds
+DENSE_LOGITS = "head.classification_head.cls_logits"
+ROI_LOGITS = "roi_heads.box_predictor.cls_score"
 COCO_CATEGORIES: list[str] = FCOS_ResNet50_FPN_Weights.COCO_V1.meta["categories"]
 NO_CLASS = ("__background__", "N/A")
-NO_EPSILON = "eeacb38b"
-"""Start of the hash of torchvision's published RetinaNet v1, which was trained without BatchNorm's
-epsilon; torchvision sets it to 0 for this file alone."""
+PUBLISHED: dict[str, dict[str, Any]] = {
+    # RetinaNet v1, trained before BatchNorm had an epsilon: torchvision sets it to 0 for this file.
+    "eeacb38b": {"norm_eps": 0.0},
+    # Faster R-CNN on MobileNetV3 for images of 320 pixels, whose tensors are named as those of 800.
+    "907ea3f9": {
+        "traits": {
+            "transform.min_size": [320],
+            "transform.max_size": 640,
+            "rpn._pre_nms_top_n": {"training": 2000, "testing": 150},
+            "rpn._post_nms_top_n": {"training": 2000, "testing": 150},
+        }
+    },
+}
+"""Settings of torchvision's own files, by the start of their SHA-256, that are not its defaults."""
+
+_MATCHING = ("proposal_matcher.high_threshold", "proposal_matcher.low_threshold")
+_SAMPLING = ("fg_bg_sampler.batch_size_per_image", "fg_bg_sampler.positive_fraction")
+_ANCHORS = ("anchor_generator.sizes", "anchor_generator.aspect_ratios")
+_LIMITS = ("score_thresh", "nms_thresh", "detections_per_img")
+TRAITS = (
+    *(f"transform.{name}" for name in ("min_size", "max_size", "image_mean", "image_std")),
+    *(*_LIMITS, "topk_candidates", "center_sampling_radius", *_MATCHING, *_ANCHORS),
+    *(f"rpn.{name}" for name in ("score_thresh", "nms_thresh", *_MATCHING, *_SAMPLING, *_ANCHORS)),
+    *("rpn._pre_nms_top_n", "rpn._post_nms_top_n", "roi_heads.box_coder.weights"),
+    *(f"roi_heads.{name}" for name in (*_LIMITS, *_MATCHING, *_SAMPLING)),
+)
+"""Attributes of a model that its weights do not show; each model has some of them."""
 
 
 @dataclass(frozen=True)
@@ -52,26 +84,25 @@ class Architecture:
     """What the keys and shapes of a torchvision state_dict say.
 
     Attributes:
-        family: "retinanet" or "fcos".
+        family: "retinanet", "fcos" or "faster_rcnn".
         backbone: short name, e.g. "r50".
         num_labels: of the model, usually with a background.
-        group_norm: RetinaNet v2's towers.
+        v2: whether it is torchvision's second version of the detector, with norms in the head.
         from_c5: whether P6 starts from C5.
         frozen_norm: whether BatchNorm is torchvision's frozen one, which has no counter.
     """
 
-    family: Literal["retinanet", "fcos"]
+    family: Literal["retinanet", "fcos", "faster_rcnn"]
     backbone: str
     num_labels: int
-    group_norm: bool
+    v2: bool
     from_c5: bool
     frozen_norm: bool
 
     @property
     def name(self) -> str:
-        """E.g. "retinanet_r50", or "retinanet_r50_v2" with GroupNorm."""
-        v2 = "_v2" if self.family == "retinanet" and self.group_norm else ""
-        return f"{self.family}_{self.backbone}{v2}"
+        """E.g. "retinanet_r50" or "retinanet_r50_v2"."""
+        return f"{self.family}_{self.backbone}" + ("_v2" if self.v2 else "")
 
 
 class Settings:
@@ -82,76 +113,71 @@ class Settings:
         *,
         labels: list[int] | None = None,
         trainable_layers: Literal[0, 1, 2, 3, 4, 5] = 3,
+        frozen: list[str] | None = None,
         norm_eps: float | None = None,
-        min_size: AtLeastOne = 800,
-        max_size: AtLeastOne = 1333,
-        image_mean: list[float] | None = None,
-        image_std: list[float] | None = None,
-        score_thresh: float | None = None,
-        nms_thresh: float | None = None,
-        detections_per_img: AtLeastOne | None = None,
-        topk_candidates: AtLeastOne | None = None,
-        anchor_sizes: list[list[float]] | None = None,
-        aspect_ratios: list[list[float]] | None = None,
-        fg_iou_thresh: float | None = None,
-        bg_iou_thresh: float | None = None,
-        center_sampling_radius: float | None = None,
+        min_size: AtLeastOne | None = None,
+        max_size: AtLeastOne | None = None,
+        traits: dict[str, Any] | None = None,
     ) -> None:
         """None is torchvision's default, and for `labels` COCO's 80 where the model has 91.
 
         Args:
             labels: the model's label of each of our classes (see `as_detector`).
-            trainable_layers: stages of the ResNet that train, from the last; 5 is all.
+            trainable_layers: stages of the backbone that train, from the last; 5 is all of a
+                ResNet.
+            frozen: parameters that do not train, by name, instead of `trainable_layers`.
             norm_eps: of BatchNorm.
             min_size: short side that images are resized to, pixels.
             max_size: limit of the long side, pixels.
-            image_mean: of the channels, 0..1.
-            image_std: of the channels, 0..1.
-            score_thresh: least score of a detection.
-            nms_thresh: IoU from which on NMS suppresses.
-            detections_per_img: most detections.
-            topk_candidates: most candidates of a level.
-            anchor_sizes: per level, pixels.
-            aspect_ratios: per level, height / width.
-            fg_iou_thresh: RetinaNet's least IoU of a positive.
-            bg_iou_thresh: RetinaNet's IoU below which an anchor is background.
-            center_sampling_radius: FCOS's, in strides.
+            traits: other attributes by their place (`TRAITS`), as model.json keeps them.
         """
 
 
 def is_torchvision(state: dict[str, Tensor]) -> bool:
-    """Whether the keys are those of torchvision's RetinaNet or FCOS."""
-    return "head.classification_head.cls_logits.weight" in state
+    """Whether the keys are those of torchvision's RetinaNet, FCOS or Faster R-CNN."""
+    return any(f"{logits}.weight" in state for logits in (DENSE_LOGITS, ROI_LOGITS))
 
 
 def architecture(state: dict[str, Tensor], file: Path) -> Architecture:
-    """Reads the facts off a state_dict; `UserError` for a backbone other than ResNet with FPN."""
-    blocks = Counter(
-        found[1]
-        for found in (
-            re.fullmatch(r"backbone\.body\.(layer\d)\.\d+\.conv1\.weight", k) for k in state
-        )
-        if found
-    )
-    deep = "backbone.body.layer4.0.conv3.weight" in state
-    depth = DEPTHS.get((deep, tuple(blocks[f"layer{i}"] for i in (1, 2, 3, 4))))
+    """Reads the facts off a state_dict; `UserError` for a backbone that torchvision's have not."""
+    two_stage = f"{ROI_LOGITS}.weight" in state
     sixth = state.get("backbone.fpn.extra_blocks.p6.weight")
-    if depth is None or sixth is None:
+    backbone = _backbone_name(state)
+    if backbone is None or (sixth is None) != two_stage:
         raise UserError(
-            f"{file} holds a torchvision detector on another backbone than ResNet with FPN; build "
-            f"the model yourself, load the file into it, and pass it to detdistill.as_detector"
+            f"{file} holds a torchvision detector with another backbone or pyramid than "
+            f"torchvision's own builders give it; build the model yourself, load the file into it, "
+            f"and pass it to detdistill.as_detector"
         )
     fcos = "head.regression_head.bbox_ctrness.weight" in state
-    head = "head.classification_head"
-    anchors = 1 if fcos else state["head.regression_head.bbox_reg.bias"].numel() // 4
+    logits = state[f"{ROI_LOGITS if two_stage else DENSE_LOGITS}.bias"]
+    boxes = state.get("head.regression_head.bbox_reg.bias")
+    anchors = 1 if boxes is None else len(boxes) // 4
     return Architecture(
-        family="fcos" if fcos else "retinanet",
-        backbone=depth,
-        num_labels=state[f"{head}.cls_logits.bias"].numel() // anchors,
-        group_norm=fcos or f"{head}.conv.0.1.weight" in state,
-        from_c5=sixth.shape[1] != sixth.shape[0],
+        family="faster_rcnn" if two_stage else "fcos" if fcos else "retinanet",
+        backbone=backbone,
+        num_labels=len(logits) // anchors,
+        v2=any(
+            key in state
+            for key in (
+                "head.classification_head.conv.0.1.weight",
+                "backbone.fpn.inner_blocks.0.1.weight",
+            )
+        ),
+        from_c5=sixth is not None and sixth.shape[1] != sixth.shape[0],
         frozen_norm=not any(key.endswith("num_batches_tracked") for key in state),
     )
+
+
+def _backbone_name(state: dict[str, Tensor]) -> str | None:
+    stem = state.get("backbone.body.0.0.weight")
+    if stem is not None:
+        last = state.get("backbone.body.16.0.weight")
+        return MOBILENET if last is not None and last.shape[:2] == (960, 160) else None
+    keys = (re.fullmatch(r"backbone\.body\.(layer\d)\.\d+\.conv1\.weight", key) for key in state)
+    blocks = Counter(found[1] for found in keys if found)
+    deep = "backbone.body.layer4.0.conv3.weight" in state
+    return DEPTHS.get((deep, tuple(blocks[f"layer{i}"] for i in (1, 2, 3, 4))))
 
 
 def view_for(
@@ -162,70 +188,93 @@ def view_for(
     plain = f"{facts.family}_{facts.backbone}"
     if wanted.removeprefix(PREFIX) not in (plain, facts.name, facts.family):
         raise UserError(f"{file} holds torchvision's {facts.name}, not {wanted}; name it {plain}")
+    options = {**_published(facts, file), **options}
     settings = checked_keywords(f"torchvision's {facts.name}", Settings, options)
-    if settings["norm_eps"] is None:
-        settings["norm_eps"] = published_eps(facts, file)
-    return build(facts, settings), current_names(state)
+    return _build(facts, settings), _current_names(state)
 
 
-def build(facts: Architecture, settings: dict[str, Any]) -> TorchvisionView:
+def _build(facts: Architecture, settings: dict[str, Any]) -> TorchvisionView:
     """The model of these facts, with fresh weights, as a view; `settings`: see `Settings`."""
-    norm = FrozenBatchNorm2d if facts.frozen_norm else nn.BatchNorm2d
-    eps = settings["norm_eps"]
-    c5 = 2048 if facts.backbone in ("r50", "r101", "r152") else 512
-    backbone = resnet_fpn_backbone(
-        backbone_name=facts.backbone.replace("r", "resnet", 1),
-        weights=None,
-        norm_layer=norm if eps is None else partial(norm, eps=eps),
-        trainable_layers=settings["trainable_layers"],
-        returned_layers=[2, 3, 4],
-        extra_blocks=LastLevelP6P7(c5 if facts.from_c5 else 256, 256),
-    )
-    given = {key: value for key, value in settings.items() if value is not None}
-    options = {key: given[key] for key in (*LIMITS, "min_size", "max_size") if key in given}
-    options |= {key: given[key] for key in ("image_mean", "image_std") if key in given}
-    if "anchor_sizes" in given and "aspect_ratios" in given:
-        options["anchor_generator"] = AnchorGenerator(
-            _tuples(given["anchor_sizes"]), _tuples(given["aspect_ratios"])
-        )
+    traits = dict(settings["traits"] or {})
+    traits |= {
+        f"transform.{key}": [settings[key]] if key == "min_size" else settings[key]
+        for key in ("min_size", "max_size")
+        if settings[key] is not None
+    }
+    unknown = [place for place in traits if place not in TRAITS]
+    if unknown:
+        raise UserError(f"traits: a torchvision model has no {unknown[0]!r}")
+    place = "rpn." if facts.family == "faster_rcnn" else ""
+    sizes, ratios = (_tuples(traits.get(place + name)) for name in _ANCHORS)
+    anchors = None if sizes is None or ratios is None else AnchorGenerator(sizes, ratios)
+    make = {"fcos": _fcos, "retinanet": _retinanet, "faster_rcnn": _faster_rcnn}[facts.family]
+    model = make(facts, _backbone(facts, settings), anchors)
+    for trait, value in traits.items():
+        *parents, last = trait.split(".")
+        setattr(reduce(getattr, parents, model), last, _tuples(value))
+    if settings["frozen"] is not None:
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(name not in settings["frozen"])
     labels, classes = settings["labels"], None
     if labels is None and facts.num_labels == len(COCO_CATEGORIES):
         labels = [i for i, name in enumerate(COCO_CATEGORIES) if name not in NO_CLASS]
         classes = [COCO_CATEGORIES[i] for i in labels]
-    make = _fcos if facts.family == "fcos" else _retinanet
-    view = as_detector(make(facts, backbone, options, given), labels=labels)
+    view = as_detector(model, labels=labels)
     view.classes, view.name = classes, PREFIX + facts.name
     return view
 
 
-def _fcos(
-    facts: Architecture, backbone: nn.Module, options: dict[str, Any], given: dict[str, Any]
-) -> nn.Module:
-    if "center_sampling_radius" in given:
-        options["center_sampling_radius"] = given["center_sampling_radius"]
-    return FCOS(backbone, facts.num_labels, **options)  # type: ignore[no-any-return]
+def _backbone(facts: Architecture, settings: dict[str, Any]) -> Any:
+    norm: Any = FrozenBatchNorm2d if facts.frozen_norm else nn.BatchNorm2d
+    if settings["norm_eps"] is not None:
+        norm = partial(norm, eps=settings["norm_eps"])
+    common = {"weights": None, "norm_layer": norm, "trainable_layers": settings["trainable_layers"]}
+    if facts.backbone == MOBILENET:
+        return mobilenet_backbone(backbone_name=MOBILENET, fpn=True, **common)
+    name = facts.backbone.replace("r", "resnet", 1)
+    deep = facts.backbone in ("r50", "r101", "r152")
+    widths = [width * (4 if deep else 1) for width in (64, 128, 256, 512)]
+    if facts.family == "faster_rcnn":
+        backbone = resnet_fpn_backbone(backbone_name=name, **common)
+        if facts.v2:
+            norms = {"norm_layer": nn.BatchNorm2d}
+            backbone.fpn = FeaturePyramidNetwork(widths, WIDTH, LastLevelMaxPool(), **norms)
+        return backbone
+    extra = LastLevelP6P7(widths[-1] if facts.from_c5 else WIDTH, WIDTH)
+    levels = {"returned_layers": [2, 3, 4], "extra_blocks": extra}
+    return resnet_fpn_backbone(backbone_name=name, **common, **levels)
 
 
-def _retinanet(
-    facts: Architecture, backbone: nn.Module, options: dict[str, Any], given: dict[str, Any]
-) -> nn.Module:
-    for key in ("fg_iou_thresh", "bg_iou_thresh"):
-        if key in given:
-            options[key] = given[key]
-    model = RetinaNet(backbone, facts.num_labels, **options)
-    if facts.group_norm:
+def _fcos(facts: Architecture, backbone: nn.Module, anchors: AnchorGenerator | None) -> Any:
+    return FCOS(backbone, facts.num_labels, anchor_generator=anchors)
+
+
+def _retinanet(facts: Architecture, backbone: nn.Module, anchors: AnchorGenerator | None) -> Any:
+    model = RetinaNet(backbone, facts.num_labels, anchor_generator=anchors)
+    if facts.v2:
         per_location = model.anchor_generator.num_anchors_per_location()[0]
         norm = partial(nn.GroupNorm, 32)
-        model.head = RetinaNetHead(256, per_location, facts.num_labels, norm_layer=norm)
+        model.head = RetinaNetHead(WIDTH, per_location, facts.num_labels, norm_layer=norm)
         model.head.regression_head._loss_type = "giou"  # as torchvision's v2 has it
-    return model  # type: ignore[no-any-return]
+    return model
 
 
-def _tuples(rows: Sequence[Sequence[float]]) -> tuple[tuple[float, ...], ...]:
-    return tuple(tuple(row) for row in rows)
+def _faster_rcnn(facts: Architecture, backbone: nn.Module, anchors: AnchorGenerator | None) -> Any:
+    options: dict[str, Any] = {}
+    if facts.backbone == MOBILENET:
+        sizes, ratios = ((32, 64, 128, 256, 512),) * 3, ((0.5, 1.0, 2.0),) * 3
+        anchors = anchors or AnchorGenerator(sizes, ratios)
+        options["rpn_score_thresh"] = 0.05
+    if facts.v2:
+        per_location = 3 if anchors is None else anchors.num_anchors_per_location()[0]
+        options["rpn_head"] = RPNHead(WIDTH, per_location, conv_depth=2)
+        options["box_head"] = FastRCNNConvFCHead(
+            (WIDTH, 7, 7), [WIDTH] * 4, [1024], norm_layer=nn.BatchNorm2d
+        )
+    return FasterRCNN(backbone, facts.num_labels, rpn_anchor_generator=anchors, **options)
 
 
-def current_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
+def _current_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """The keys of today's torchvision for those of before 2022, which had one level less."""
     old = "head.regression_head.bbox_ctrness.weight" not in state and not any(
         re.fullmatch(r"head\.classification_head\.conv\.0\.0\..+", key) for key in state
@@ -233,6 +282,7 @@ def current_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
     renamed = {}
     for key, tensor in state.items():
         key = re.sub(r"(\.fpn\.(?:inner|layer)_blocks\.\d)\.(weight|bias)$", r"\1.0.\2", key)
+        key = re.sub(r"^rpn\.head\.conv\.(weight|bias)$", r"rpn.head.conv.0.0.\1", key)
         found = re.fullmatch(r"(head\..+_head\.conv)\.(\d)\.(weight|bias)", key)
         if old and found:
             key = f"{found[1]}.{int(found[2]) // 2}.0.{found[3]}"
@@ -240,48 +290,32 @@ def current_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return renamed
 
 
-def published_eps(facts: Architecture, file: Path) -> float | None:
-    """0 for torchvision's published RetinaNet v1, None (its default) for all else."""
-    if facts.family != "retinanet" or facts.group_norm or not facts.frozen_norm:
-        return None
+def _published(facts: Architecture, file: Path) -> dict[str, Any]:
+    """What `PUBLISHED` says of the file."""
+    if not facts.frozen_norm:  # as both have it: others need not be read again
+        return {}
     with file.open("rb") as stream:
-        digest = hashlib.file_digest(stream, "sha256").hexdigest()
-    return 0.0 if digest.startswith(NO_EPSILON) else None
+        return PUBLISHED.get(hashlib.file_digest(stream, "sha256").hexdigest()[:8], {})
 
 
 def settings_of(view: TorchvisionView) -> dict[str, Any]:
     """The `Settings` of a view's model, for model.json."""
-    model = view.model
-    transform, generator = model.transform, model.anchor_generator
-    norms = [
-        m for m in model.backbone.modules() if isinstance(m, (nn.BatchNorm2d, FrozenBatchNorm2d))
-    ]
-    settings = {key: getattr(model, key) for key in LIMITS}
-    settings |= {
+    kinds = (nn.BatchNorm2d, FrozenBatchNorm2d)
+    norms = [m for m in view.model.backbone.modules() if isinstance(m, kinds)]
+    traits = {}
+    for place in TRAITS:
+        try:
+            traits[place] = reduce(getattr, place.split("."), view.model)
+        except AttributeError:  # of another family
+            continue
+    return {
         "labels": view.labels,
-        "trainable_layers": _trainable(model.backbone),
-        "norm_eps": norms[0].eps if norms else None,
-        "min_size": transform.min_size[-1],
-        "max_size": transform.max_size,
-        "image_mean": list(transform.image_mean),
-        "image_std": list(transform.image_std),
-        "anchor_sizes": [[float(size) for size in level] for level in generator.sizes],
-        "aspect_ratios": [[float(ratio) for ratio in level] for level in generator.aspect_ratios],
+        "frozen": [n for n, p in view.model.named_parameters() if not p.requires_grad],
+        "norm_eps": float(norms[0].eps) if norms else None,
+        "traits": traits,
     }
-    if view.family == "fcos":
-        return {**settings, "center_sampling_radius": float(model.center_sampling_radius)}
-    matcher = model.proposal_matcher
-    thresholds = {"fg_iou_thresh": matcher.high_threshold, "bg_iou_thresh": matcher.low_threshold}
-    return {**settings, **thresholds}
 
 
-def _trainable(backbone: nn.Module) -> int:
-    """How many stages train, counted from the last."""
-    body = getattr(backbone, "body", backbone)
-    count = 0
-    for stage in STAGES:
-        part = getattr(body, stage, None)
-        if part is None or not all(p.requires_grad for p in part.parameters()):
-            break
-        count += 1
-    return count
+def _tuples(value: Any) -> Any:
+    """Lists of JSON, also nested, as the tuples that torchvision has."""
+    return tuple(_tuples(one) for one in value) if isinstance(value, (list, tuple)) else value
