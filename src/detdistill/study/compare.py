@@ -29,6 +29,8 @@ from detdistill.study.summary import Arm, paired_gains, verdicts, warnings
 from detdistill.study.table import NOTES, format_time, markdown_table, print_table
 
 SAME_TIME = "student_same_time"
+ALONE: dict[str, Any] = {"teacher": None, "teacher_options": {}, "methods": {}, "arms": {}}
+"""Of a recipe for a run without distillation."""
 
 
 def compare(
@@ -94,12 +96,9 @@ class _Study:
             tested = test_once(given, recipe, folder, lambda: existing_teacher(recipe))
             return RunScore(0, folder, seconds=None, epochs=None, **tested), teacher
         changes: dict[str, Any] = {
+            **ALONE,
             "student": teacher,
             "student_options": self.recipe.teacher_options,
-            "teacher": None,
-            "teacher_options": {},
-            "methods": {},
-            "arms": {},
             "seed": 0,
         }
         recipe = self.recipe.model_copy(update=changes)
@@ -120,8 +119,7 @@ class _Study:
 
     def seed(self, seed: int, methods: list[str], teacher: str) -> dict[str, RunScore]:
         """Control, methods and same-time control of one seed."""
-        alone: dict[str, Any] = {"teacher": None, "teacher_options": {}, "methods": {}}
-        control = self.recipe.model_copy(update={**alone, "arms": {}, "seed": seed})
+        control = self.recipe.model_copy(update={**ALONE, "seed": seed})
         scores = {"student": self.run(f"runs/student/seed{seed}", control)}
         for name in methods:
             changes = {"methods": self.recipe.methods_of(name), "arms": {}, "seed": seed}
