@@ -147,9 +147,13 @@ def measure(options: argparse.Namespace, precision: str, layout: torch.memory_fo
     batch = Batch(batch.images.contiguous(memory_format=layout), batch.sizes, batch.targets)
     contenders, distiller = make_contenders(options, layout)
 
+    teacher = distiller.teacher
+    assert teacher is not None
+
+    @torch.no_grad()
     def teach() -> None:
         with torch.autocast(clock.device, torch.bfloat16, enabled=precision == "bf16"):
-            distiller._run_teacher(batch)
+            teacher.head(teacher.pyramid(teacher.normalize(batch)))
 
     def round_of_all(split: bool) -> None:
         for name, contender in contenders.items():
