@@ -90,6 +90,8 @@ def test_few_proposals_are_all_taken_whatever_the_seed_and_many_are_drawn():
         draws.append([head_.sample(p, targets(TRUTH)) for p in (many, few) for head_ in [head()]])
         [labels] = draws[-1][0].labels
         assert (len(labels), (labels < 3).sum()) == (512, 128)
+        [labels] = head(samples=40).sample(many, targets(TRUTH)).labels
+        assert (len(labels), (labels < 3).sum()) == (40, 10)
     assert len(draws[0][1].labels[0]) == 302
     torch.testing.assert_close(draws[0][1].boxes_xyxy, draws[1][1].boxes_xyxy)
 

@@ -5,7 +5,7 @@ import re
 import pytest
 import torch
 
-from detdistill import Distiller, UserError, list_detectors, load_detector
+from detdistill import Distiller, UserError, list_detectors, load_detector, save_detector
 from detdistill.structures import GROUND_TRUTH
 from tests.helpers import TWO_STAGE_R18, make_batch, narrow
 
@@ -64,6 +64,18 @@ def test_an_assignment_is_reused_and_a_seed_repeats_it(name):
     made = detector.loss(output, targets)
     for term in ("task/rpn_cls", "task/rpn_box"):
         assert torch.equal(given[term], made[term])
+
+
+@pytest.mark.parametrize("name", TWO_STAGE_R18)
+def test_the_number_of_sampled_proposals_is_an_option_that_travels(name, tmp_path):
+    save_detector(narrow(name, roi_samples=8), tmp_path / "model.safetensors")
+    loaded = load_detector(tmp_path)
+    assert [head.samples for head in loaded.roi_heads] == [8] * len(loaded.roi_heads)
+    batch = make_batch()
+    sampled = loaded.assign(loaded(batch), batch.padded_targets()).rois
+    assert [len(labels) for labels in sampled.labels] == [8, 8]
+    with pytest.raises(UserError, match=r"roi_samples: .* greater than or equal to 4 \(found 3\)"):
+        narrow(name, roi_samples=3)
 
 
 def test_only_a_cascade_leaves_out_anchors_across_the_border():

@@ -7,7 +7,7 @@ from typing import Literal
 from torch import nn
 
 from detdistill.detectors.registry import register_detector
-from detdistill.detectors.roi_head import RoIHead
+from detdistill.detectors.roi_head import RoIHead, Samples
 from detdistill.detectors.rpn import RPN
 from detdistill.detectors.two_stage import TwoStageDetector
 from detdistill.parts.losses import Reduce
@@ -32,10 +32,11 @@ class FasterRCNN(TwoStageDetector):
         norm_eval: bool = False,
         fpn_channels: AtLeastOne = 256,
         roi_channels: AtLeastOne = 1024,
+        roi_samples: Samples = 512,
         class_agnostic: bool = False,
         reduce: Reduce = "local",
     ) -> None:
-        """Keywords are those of `FPNDetector` and `RoIHead` (`roi_channels` its `channels`)."""
+        """Keywords are those of `FPNDetector` and, with `roi_`, of `RoIHead`."""
         super().__init__(
             backbone=backbone,
             num_classes=num_classes,
@@ -51,6 +52,7 @@ class FasterRCNN(TwoStageDetector):
             num_classes,
             in_channels=fpn_channels,
             channels=roi_channels,
+            samples=roi_samples,
             class_agnostic=class_agnostic,
             reduce=reduce,
         )

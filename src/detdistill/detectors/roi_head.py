@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Annotated
 
 import torch
 import torch.nn.functional as F
+from annotated_types import Ge
 from torch import Tensor, nn
 from torchvision.ops import roi_align
 
@@ -27,8 +29,10 @@ from detdistill.structures import (
 LEVELS = 4
 FINEST_SCALE = 56  # pixels; a box twice as large is pooled one level coarser
 POOLED = 7
-SAMPLES, POSITIVE_FRACTION = 512, 0.25
+POSITIVE_FRACTION = 0.25
 NMS_THRESHOLD = 0.5
+Samples = Annotated[int, Ge(4)]
+"""Proposals of an image; fewer leave no room for a positive."""
 
 
 class RoIHead(nn.Module):
@@ -41,6 +45,7 @@ class RoIHead(nn.Module):
         in_channels: of the pyramid.
         channels: width of the shared layers.
         class_agnostic: all classes share their deltas.
+        samples: proposals of an image that learn, at most.
         iou_threshold: IoU with a ground-truth box from which a proposal learns it.
         delta_scales: what a predicted delta of 1 means.
         box_beta: where the smooth L1 loss of the deltas turns linear; 0 is L1.
@@ -54,6 +59,7 @@ class RoIHead(nn.Module):
         in_channels: int,
         channels: int = 1024,
         class_agnostic: bool = False,
+        samples: int = 512,
         iou_threshold: float = 0.5,
         delta_scales: Sequence[float] = (0.1, 0.1, 0.2, 0.2),
         box_beta: float = 0.0,
@@ -62,6 +68,7 @@ class RoIHead(nn.Module):
         """Weights start as published."""
         super().__init__()
         self.num_classes, self.class_agnostic = num_classes, class_agnostic
+        self.samples = samples
         self.iou_threshold, self.box_beta, self.reduce = iou_threshold, box_beta, reduce
         self.delta_scales = tuple(delta_scales)
         self.shared = nn.ModuleList(
@@ -78,7 +85,7 @@ class RoIHead(nn.Module):
 
     @torch.no_grad()
     def sample(self, proposals: Proposals, targets: Targets) -> Proposals:
-        """A random 512 proposals per image, at most a quarter of them positive, with their labels.
+        """A random `samples` proposals per image, a quarter of them positive at most, with labels.
 
         The ground truth joins the proposals first. Of each image come the positives, then the
         rest, both in the order given, ground truth first.
@@ -114,7 +121,7 @@ class RoIHead(nn.Module):
         )
         positive, labels, wanted = take_matches(matched, truth, self.num_classes)
         sampled = sample_balanced(
-            positive, ~positive, count=SAMPLES, positive_fraction=POSITIVE_FRACTION
+            positive, ~positive, count=self.samples, positive_fraction=POSITIVE_FRACTION
         )
         rows = torch.cat([(sampled & part)[0].nonzero()[:, 0] for part in (positive, ~positive)])
         return boxes[rows], scores[rows], origin[rows], labels[0, rows], wanted[0, rows]
