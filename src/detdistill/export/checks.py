@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
+
+import torch
 
 from detdistill.detectors import DenseDetector, FPNDetector
 from detdistill.detectors.inference import PADDED_TO
@@ -50,6 +52,14 @@ def check_detector(detector: FPNDetector, nms: bool) -> DenseDetector:
             f"torchvision's: leave nms out"
         )
     return detector
+
+
+def image_type(name: str) -> torch.dtype:
+    """The type of the images in the file."""
+    if name not in get_args(InputType):
+        raise UserError(f"input type {name!r}: expected {' or '.join(get_args(InputType))}")
+    dtype: torch.dtype = getattr(torch, name)
+    return dtype
 
 
 def input_size(detector: FPNDetector, given: tuple[int, int] | None) -> tuple[int, int]:

@@ -24,6 +24,7 @@ from detdistill.export.checks import (
     check_detector,
     check_installed,
     check_target,
+    image_type,
     input_size,
     opset_for,
 )
@@ -94,11 +95,11 @@ def export_onnx(
     check_target(path)
     check_installed()
     dense = check_detector(detector, nms)
-    size = input_size(detector, size)
+    size, dtype = input_size(detector, size), image_type(input_type)
     opset = opset_for(detector, opset)
     original = copy.deepcopy(dense).cpu().eval()
     kind = DetectionGraph if nms else RawGraph
-    graph = kind(copy.deepcopy(original), size, getattr(torch, input_type)).eval()
+    graph = kind(copy.deepcopy(original), size, dtype).eval()
     model = _trace(graph, opset)
     _describe(model, original, graph)
     parity = check_parity(model, graph, original)

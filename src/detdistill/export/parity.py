@@ -82,11 +82,11 @@ def check_parity(model: ModelProto, graph: RawGraph, detector: DenseDetector) ->
             parity.saw(boxes, scores)
         found = detector.detect(output, batch.sizes, score_threshold=threshold)
         for image, detections in enumerate(found):
-            _look_up(detections, [part[image] for part in outputs], parity)
+            look_up(detections, [part[image] for part in outputs], parity)
     return parity
 
 
-def _look_up(found: Detections, outputs: list[Tensor], parity: Parity) -> None:
+def look_up(found: Detections, outputs: list[Tensor], parity: Parity) -> None:
     """Looks for the detections of one image among the outputs for it."""
     seen = has_area(found.boxes_xyxy)  # torchvision's detectors keep boxes without
     parity.compared += int(seen.sum())
