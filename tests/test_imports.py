@@ -19,11 +19,13 @@ MAY_IMPORT = {
     "data": BASE,
     "evaluation": BASE | {"detectors", "data"},
     "engine": BASE | {"parts", "detectors", "distill", "data", "evaluation"},
+    "export": BASE | {"parts", "detectors", "data"},
     "drawing": BASE,
     "study": BASE | {"detectors", "distill", "data", "evaluation", "engine", "drawing"},
     "analysis": BASE | {"detectors", "distill", "data", "evaluation", "engine", "drawing"},
     "cli": BASE
-    | {"detectors", "distill", "data", "evaluation", "engine", "drawing", "study", "analysis"},
+    | {"detectors", "distill", "data", "evaluation", "engine", "drawing", "study", "analysis"}
+    | {"export"},
 }
 BASE_MAY_IMPORT = {
     "errors": set(),

@@ -27,6 +27,7 @@ _HOMES = {
     "create_detector": "detdistill.detectors",
     "create_method": "detdistill.distill",
     "evaluate": "detdistill.evaluation",
+    "export_onnx": "detdistill.export",
     "list_detectors": "detdistill.detectors",
     "list_methods": "detdistill.distill",
     "list_recipes": "detdistill.recipes",
@@ -59,6 +60,7 @@ if TYPE_CHECKING:
     )
     from detdistill.errors import UserError
     from detdistill.evaluation import evaluate
+    from detdistill.export import export_onnx
     from detdistill.recipes import list_recipes
     from detdistill.structures import Batch, Detections
 
@@ -82,6 +84,7 @@ __all__ = [
     "create_detector",
     "create_method",
     "evaluate",
+    "export_onnx",
     "list_detectors",
     "list_methods",
     "list_recipes",

@@ -20,6 +20,11 @@ def area(boxes_xyxy: Tensor) -> Tensor:
     return (boxes_xyxy[..., 2] - boxes_xyxy[..., 0]) * (boxes_xyxy[..., 3] - boxes_xyxy[..., 1])
 
 
+def has_area(boxes_xyxy: Tensor) -> Tensor:
+    """(..., 4) to (...) bool: False for what clipping leaves of a box beyond the image."""
+    return (boxes_xyxy[..., 2:] > boxes_xyxy[..., :2]).all(-1)
+
+
 def elementwise_iou(boxes_xyxy: Tensor, others_xyxy: Tensor) -> Tensor:
     """IoU of box i with other i: two (..., 4) to (...), 0..1; differentiable."""
     overlap, union = _overlap_and_union(boxes_xyxy, others_xyxy)

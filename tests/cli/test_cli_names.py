@@ -18,6 +18,7 @@ COMMANDS = [
     ("compare",),
     ("eval",),
     ("predict",),
+    ("export",),
     ("analyze",),
     ("list",),
     ("fetch",),

@@ -13,7 +13,7 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
-from detdistill.cli import analysis, checks, studies, training, using, weights
+from detdistill.cli import analysis, checks, export, studies, training, using, weights
 from detdistill.errors import UserError, UserNotice
 
 
@@ -82,6 +82,7 @@ app.command("distill")(training.distill)
 app.command("compare")(studies.compare)
 app.command("eval")(using.evaluate)
 app.command("predict")(using.predict)
+app.command("export")(export.export)
 app.command("analyze")(analysis.analyze)
 app.command("list")(using.list_names)
 app.command("fetch")(weights.fetch)

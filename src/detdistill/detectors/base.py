@@ -100,8 +100,12 @@ class FPNDetector(nn.Module):
 
     def normalize(self, batch: Batch) -> Tensor:
         """Images to float32 (B, 3, H, W), RGB or, caffe-style, BGR; padding is 0 afterwards."""
+        return blank_padding(self.own_pixels(batch.images), batch.sizes)
+
+    def own_pixels(self, images: Tensor) -> Tensor:
+        """RGB, 0..255, to float32 on the model's scale and in its channel order, padding too."""
         mean, std = self.pixel_mean[:, None, None], self.pixel_std[:, None, None]
-        images = blank_padding((batch.images.float() - mean) / std, batch.sizes)
+        images = (images.float() - mean) / std
         return images.flip(1) if self.backbone.caffe else images
 
     def pyramid(self, images: Tensor) -> Pyramid:

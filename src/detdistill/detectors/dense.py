@@ -154,6 +154,10 @@ class DenseDetector(FPNDetector):
         """(B, C, H, W) of the end of the tower `quality_tower` to logits (B, A, H, W)."""
         raise NotImplementedError
 
+    def with_quality(self, scores: Tensor, quality: Tensor) -> Tensor:
+        """Final scores (...) from class scores, 0..1, and quality logits (...)."""
+        return scores * quality.sigmoid()
+
     def decode(self, boxes: Tensor, anchors: Tensor) -> Tensor:
         """Flat encodings (..., P, D) on anchors (P, 4) to xyxy boxes (..., P, 4)."""
         raise NotImplementedError

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torchvision.ops import batched_nms
 from torchvision.transforms.v2 import functional as image_ops
 
-from detdistill.boxes import clip_xyxy, keep_ratio_size
+from detdistill.boxes import clip_xyxy, has_area, keep_ratio_size
 from detdistill.structures import Batch, DenseOutput, Detections, flatten_maps
 
 if TYPE_CHECKING:
@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from detdistill.detectors.dense import DenseDetector
 
 BEST_PER_LEVEL = 1000
+PADDED_TO = 32
+"""Images are padded to a multiple of this many pixels, so that the strides divide them."""
 
 
 def detect_image(
@@ -41,7 +43,8 @@ def detect_image(
         kept, order = kept[:BEST_PER_LEVEL], order[:BEST_PER_LEVEL]
         rows, classes = rows[order], classes[order]
         if quality is not None:
-            kept = kept * quality[image].permute(1, 2, 0).flatten()[rows].float().sigmoid()
+            of_rows = quality[image].permute(1, 2, 0).flatten()[rows].float()
+            kept = detector.with_quality(kept, of_rows)
         chosen = flatten_maps([encodings[image, None]])[0, rows]
         boxes.append(clip_xyxy(detector.decode(chosen, anchors[rows]), size))
         scores.append(kept)
@@ -55,8 +58,8 @@ def best_boxes(
 ) -> Detections:
     """The best of clipped boxes (M, 4) after class-wise NMS."""
     # A box beyond the image has no area left; NMS would never suppress it.
-    visible = (boxes_xyxy[:, 2:] > boxes_xyxy[:, :2]).all(1)
-    boxes_xyxy, scores, labels = (part[visible] for part in (boxes_xyxy, scores, labels))
+    seen = has_area(boxes_xyxy)
+    boxes_xyxy, scores, labels = (part[seen] for part in (boxes_xyxy, scores, labels))
     keep = batched_nms(boxes_xyxy, scores, labels, nms_threshold)[:max_detections]
     return Detections(boxes_xyxy[keep], scores[keep], labels[keep])
 
@@ -70,7 +73,7 @@ def predict_image(
     if detector.input_size is not None:
         size = keep_ratio_size(size, *detector.input_size)
         image = image_ops.resize(image, list(size), antialias=True)
-    pad = [-(-side // 32) * 32 - side for side in size]
+    pad = [-side % PADDED_TO for side in size]
     padded = nn.functional.pad(image, (0, pad[1], 0, pad[0]))[None].to(detector.pixel_mean.device)
     [found] = detector.detect(
         detector(Batch(padded, [size])),

@@ -13,11 +13,11 @@ from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.image_list import ImageList
 from torchvision.ops import box_iou
 
-from detdistill.detectors.base import FPNDetector, blank_padding
+from detdistill.detectors.base import FPNDetector
 from detdistill.errors import UserError
 from detdistill.parts.assigners import BACKGROUND
 from detdistill.parts.heads import Tower
-from detdistill.structures import Batch, Pyramid, Targets
+from detdistill.structures import Pyramid, Targets
 
 PROBE = 256  # pixels: at least one cell at every stride up to 128
 
@@ -60,10 +60,9 @@ class TorchvisionView(FPNDetector):
         """Channels of every pyramid level."""
         return int(self.model.backbone.out_channels)
 
-    def normalize(self, batch: Batch) -> Tensor:
-        """Images to float32 (B, 3, H, W), in the model's own arithmetic; padding is 0."""
-        images: Tensor = self.model.transform.normalize(batch.images.float() / 255)
-        return blank_padding(images, batch.sizes)
+    def own_pixels(self, images: Tensor) -> Tensor:
+        """RGB, 0..255, to float32 in the model's own arithmetic."""
+        return self.model.transform.normalize(images.float() / 255)  # type: ignore[no-any-return]
 
     def pyramid(self, images: Tensor) -> Pyramid:
         """Normalised images (B, 3, H, W) to the maps of the model's backbone."""

@@ -75,7 +75,7 @@ class DenseView(TorchvisionView, DenseDetector):
     def __init__(self, model: Any, labels: Sequence[int] | None) -> None:
         """All labels are classes, unless chosen: a sigmoid head has no background."""
         super().__init__(model, labels, range(model.head.classification_head.num_classes))
-        self.reduce = "local"
+        self.reduce, self.nms_threshold = "local", float(model.nms_thresh)
         self.grid = AnchorView(model.anchor_generator, self.strides[0])  # type: ignore[assignment]
         heads = {"cls": model.head.classification_head, "box": model.head.regression_head}
         # No ModuleDict, which would register the model's layers for a second time.
@@ -187,6 +187,10 @@ class FCOSView(DenseView, CenternessDetector):
         """End of the box tower to centerness logits (B, 1, H, W)."""
         quality: Tensor = self.model.head.regression_head.bbox_ctrness(end)
         return quality
+
+    def with_quality(self, scores: Tensor, quality: Tensor) -> Tensor:
+        """The geometric mean of both, as in the model's own post-processing."""
+        return super().with_quality(scores, quality).sqrt()
 
     def decode(self, boxes: Tensor, anchors: Tensor) -> Tensor:
         """Distances (..., P, 4) to boxes (..., P, 4)."""
