@@ -23,7 +23,8 @@ class Distiller(nn.Module):
 
     Args:
         student: what is trained.
-        teacher: what it learns from, or None.
+        teacher: what it learns from, or None. One that no method learns from during training is
+            let go when the methods are prepared.
         methods: by name, e.g. `{"crosskd": CrossKD()}`; the name prefixes the terms.
 
     Raises:
@@ -47,9 +48,10 @@ class Distiller(nn.Module):
             method.prepare(student, teacher)
         self.student = student
         self.methods = nn.ModuleDict(methods)
-        self._teacher = (teacher,)  # a tuple hides it from the module tree
         if teacher is not None:
             teacher.requires_grad_(False).eval()
+        needed = any(method.needs_teacher for method in methods.values())
+        self._teacher = (teacher if needed else None,)  # a tuple hides it from the module tree
         self.iteration = 0
         self.raw: dict[str, Tensor] = {}
         self.resting: frozenset[str] = frozenset()
@@ -57,7 +59,7 @@ class Distiller(nn.Module):
 
     @property
     def teacher(self) -> FPNDetector | None:
-        """The frozen teacher."""
+        """The frozen teacher; None where no method learns from one."""
         return self._teacher[0]
 
     def get_extra_state(self) -> dict[str, int]:

@@ -59,7 +59,8 @@ class Method(nn.Module):
     """A distillation method: settings, adapters if any, and raw loss terms of a step.
 
     Class attributes:
-        needs_teacher: False for teacher-free methods.
+        needs_teacher: False for methods that work without a teacher.
+        takes_teacher: False for methods that ignore one.
         teacher_stage: how far the teacher runs: to its "head" or only to its "pyramid".
 
     Attributes:
@@ -69,6 +70,7 @@ class Method(nn.Module):
     """
 
     needs_teacher = True
+    takes_teacher = True
     teacher_stage: Literal["head", "pyramid"] = "head"
     keep_pre_activation = False
     weights: Mapping[str, float]

@@ -157,7 +157,7 @@ class Run:
             "step": self.step,
             "val_ap": ap,
             "seed": recipe.seed,
-            "teacher": recipe.teacher if recipe.methods else None,
+            "teacher": self.parts.teacher,
             "methods": recipe.methods,
         }
         path = self.out / f"{stem}.safetensors"

@@ -14,8 +14,10 @@ from detdistill.recipe import Recipe, split_teacher
 from detdistill.study.runs import WEIGHTS
 
 
-def check_study(recipe: Recipe, teacher: str, methods: Sequence[str], seeds: Sequence[int]) -> None:
-    """Data, names, options, and whether each method fits the pair.
+def check_study(
+    recipe: Recipe, teacher: str | None, methods: Sequence[str], seeds: Sequence[int]
+) -> None:
+    """Data, names, options, and whether each method fits the pair, or does without a teacher.
 
     Raises:
         UserError: in one sentence.
@@ -28,23 +30,33 @@ def check_study(recipe: Recipe, teacher: str, methods: Sequence[str], seeds: Seq
         raise UserError(f"seeds {list(seeds)}: expected whole numbers from 0 on")
     if recipe.nodes > 1:
         raise UserError(f"compare runs on one machine, found nodes {recipe.nodes}: set nodes to 1")
+    classes = _check_data(recipe)
+    model = None if teacher is None else _teacher(recipe, teacher, classes)
+    student = create_detector(recipe.student, len(classes), **recipe.student_options)
+    student.classes = list(classes)
+    for name in methods:
+        parts = recipe.methods_of(name).items()
+        Distiller(student, model, {part: create_method(part, **given) for part, given in parts})
+
+
+def _check_data(recipe: Recipe) -> list[str]:
+    """The classes of all three splits."""
     train, val = open_dataset(recipe, "train"), open_dataset(recipe, "val")
     test = open_dataset(recipe, "test")
     for split in (val, test):
         require_same_classes(train, split)
     if not any((~record.crowd).any() for record in test.records):
         raise UserError(f"{test.source}: no test image has a usable box; nothing can be measured")
-    model: FPNDetector | None
-    if teacher_file(teacher) is None:
-        model = create_detector(teacher, len(train.classes), **recipe.teacher_options)
-        model.classes = list(train.classes)
-    else:
-        model = existing_teacher(recipe.model_copy(update={"teacher": teacher}))
-    student = create_detector(recipe.student, len(train.classes), **recipe.student_options)
-    student.classes = list(train.classes)
-    for name in methods:
-        parts = recipe.methods_of(name).items()
-        Distiller(student, model, {part: create_method(part, **given) for part, given in parts})
+    return train.classes
+
+
+def _teacher(recipe: Recipe, teacher: str, classes: Sequence[str]) -> FPNDetector:
+    """The teacher, untrained where it is yet to be trained."""
+    if teacher_file(teacher) is not None:
+        return existing_teacher(recipe.model_copy(update={"teacher": teacher}))
+    model = create_detector(teacher, len(classes), **recipe.teacher_options)
+    model.classes = list(classes)
+    return model
 
 
 def teacher_file(teacher: str) -> Path | None:
