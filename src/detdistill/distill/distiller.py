@@ -11,7 +11,14 @@ from torch import Tensor, nn
 from detdistill.detectors.base import FPNDetector
 from detdistill.distill.method import Method, Step
 from detdistill.errors import UserError
-from detdistill.structures import Assignment, Batch, DenseOutput, Predictions, Targets
+from detdistill.structures import (
+    Assignment,
+    Batch,
+    DenseOutput,
+    Predictions,
+    Targets,
+    TwoStageAssignment,
+)
 
 
 class Distiller(nn.Module):
@@ -95,7 +102,11 @@ class Distiller(nn.Module):
         return terms
 
     def _distil(
-        self, batch: Batch, output: DenseOutput, targets: Targets, assignment: Assignment
+        self,
+        batch: Batch,
+        output: DenseOutput,
+        targets: Targets,
+        assignment: Assignment | TwoStageAssignment,
     ) -> dict[str, Tensor]:
         """The methods' weighted terms."""
         methods = cast("dict[str, Method]", dict(self.methods.items()))
