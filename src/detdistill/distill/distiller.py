@@ -53,6 +53,8 @@ class Distiller(nn.Module):
             if teacher is None and method.needs_teacher:
                 raise UserError(f"{name} needs a teacher; pass --teacher RUN_OR_FILE")
             method.prepare(student, teacher)
+            if not any(method.weights.values()):
+                raise UserError(f"{name}: all its weights are 0; leave it out, or raise one")
         self.student = student
         self.methods = nn.ModuleDict(methods)
         if teacher is not None:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from detdistill.detectors.base import FPNDetector
 from detdistill.detectors.dense import DenseDetector
 from detdistill.distill.schedule import TIMING, Schedule
+from detdistill.errors import UserError
 from detdistill.registry import Registry, checked_keywords
 from detdistill.structures import (
     Assignment,
@@ -135,5 +136,9 @@ def create_method(name: str, **options: Any) -> Method:
     method = entry(**checked_keywords(f"method {name!r}", entry, options, TIMING))
     if timing:
         timing = {**vars(method.schedule), **timing}
-        method.schedule = Schedule(**checked_keywords(f"method {name!r}", Schedule, timing))
+        timing = checked_keywords(f"method {name!r}", Schedule, timing)
+        try:
+            method.schedule = Schedule(**timing)
+        except UserError as error:
+            raise UserError(f"method {name!r}: {error}") from None
     return method
