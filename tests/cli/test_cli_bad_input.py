@@ -69,6 +69,11 @@ def refused(run: Run, arguments: list[str], *fragments: str) -> str:
         ([*DISTILL, "--teacher", "gfl_r50"], ["detdistill train --detector gfl_r50"]),
         ([*COMPARE, "--out", "my_coco/annotations/val.json/run"], ["val.json is a file"]),
         (["demo", "--quick", "--out", "my_coco/annotations/val.json"], ["val.json is a file"]),
+        (COMPARE[:1] + COMPARE[3:], ["no teacher was given, and crosskd needs one"]),
+        (
+            [*DISTILL, "--teacher", "my_coco", "--student", "retinanet_r18", "--method", "tf_head"],
+            ["--teacher my_coco: tf_head learns without a teacher"],
+        ),
         ([*COMPARE, "--seeds", f"{2**63}"], ["--seeds"]),
         ([*COMPARE, "--seeds", "0,x"], ["--seeds 0,x"]),
         ([*COMPARE, "--seeds", "1,1"], ["--seeds 1,1"]),

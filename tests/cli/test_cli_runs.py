@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import yaml
 
 from detdistill import create_detector, save_detector
 from detdistill.cli import training, using
@@ -133,6 +134,23 @@ def test_compare_takes_all_from_a_recipe(name: str, run: Run, my_coco: Path) -> 
     assert "ΔAP" in out
     assert "Next: open study/report.html" in out
     assert Path("study/report.html").stat().st_size > 0
+
+
+def test_compare_and_distill_without_a_teacher(run: Run, my_coco: Path) -> None:
+    given = ["--student", "retinanet_r18", "--data", "my_coco", *SMALL]
+    code, out, err = run(
+        "compare", "--methods", "tf_head", "--seeds", "0", "--out", "study", *given
+    )
+    assert code == 0, err
+    assert "TF-HEAD" in out and "gap closed" not in out
+    assert not Path("study/teacher").exists()
+    # The study's recipe names a teacher, which this arm of it leaves alone.
+    distill = ["distill", "--recipe", "small/head", "--method", "tf_head", "--out", "run", *given]
+    code, _, err = run(*distill)
+    assert code == 0, err
+    facts = json.loads(Path("run/model.json").read_text())
+    assert facts["provenance"]["teacher"] is None
+    assert yaml.safe_load(Path("run/recipe.yaml").read_text())["teacher"] is None
 
 
 def test_a_folder_with_a_run_is_kept(run: Run, my_coco: Path) -> None:

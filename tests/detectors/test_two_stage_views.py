@@ -16,6 +16,7 @@ from torchvision.models.detection.rpn import AnchorGenerator, RPNHead
 
 from detdistill import HEAD, PKD, CrossKDRoI, Distiller, UserError, as_detector
 from detdistill.detectors.stages import RoIStages
+from detdistill.structures import Proposals, Pyramid
 from tests.detectors.test_views import inputs, prepared
 from tests.helpers import make_batch, narrow
 
@@ -229,18 +230,37 @@ def test_distilled_by_one_and_teaching_one(build):
     assert terms["crosskd_roi/cls"] > 0 and terms["pkd/feature"] > 0
 
 
-def test_teaches_a_dense_student_by_head():
-    teacher, batch = lively(v1()), make_batch(num_classes=CLASSES)
-    student = narrow("retinanet_r18", CLASSES)
-    distiller = Distiller(student, as_detector(teacher), {"head": HEAD()}).train()
+@pytest.mark.parametrize("student", ["retinanet_r18", "fcos_r18", "cascade_rcnn_r18"])
+def test_teaches_others_by_head(model, student):
+    teacher, batch = copy.deepcopy(model), make_batch(num_classes=CLASSES)
+    distiller = Distiller(narrow(student, CLASSES), as_detector(teacher), {"head": HEAD()}).train()
     distiller.iteration = 2000
     terms = distiller(batch)
-    assert terms["head/akd_1"] > 0 and terms["head/ckd"] > 0
-    sum(terms.values()).backward()
+    own = {name: value for name, value in terms.items() if name.startswith("head/")}
+    assert {"head/assistant_cls", "head/assistant_box", "head/akd_1"} <= set(own)
+    assert all(value > 0 and value.isfinite() for value in own.values())
+    sum(own.values()).backward()
     assert all(p.grad is None for p in teacher.parameters())
-    assistant = distiller.methods["head"].link.assistant
-    own = assistant.head(0).own.box_head.fc6.weight
-    assert own.grad is not None and own is not teacher.roi_heads.box_head.fc6.weight
+    assistant = distiller.methods["head"].link.assistant.head(0).own
+    assert all(p.grad is not None for p in assistant.parameters())
+    shared = {id(p) for p in assistant.parameters()} & {id(p) for p in teacher.parameters()}
+    assert not shared
+    before = dict(model.roi_heads.named_parameters())
+    assert all(torch.equal(p, before[name]) for name, p in assistant.named_parameters())
+
+
+def test_its_copy_pools_from_the_strides_of_the_student(model):
+    """Also where the model has pooled from its own pyramid before."""
+    view = as_detector(copy.deepcopy(model).eval())
+    view.predict([torch.zeros(3, 96, 96)])
+    student = narrow("retinanet_r18", CLASSES)
+    link = Distiller(student, view, {"head": HEAD()}).methods["head"].link
+    # Each map holds its stride, so that what is pooled tells which one a box came from.
+    levels = [torch.full((1, 64, 256 // s, 256 // s), float(s)) for s in student.strides]
+    boxes = torch.tensor([[8.0, 8, 38, 38], [0.0, 0, 250, 250]])
+    rois = Proposals([boxes], [torch.ones(2)], [torch.zeros(2, 4).long()])
+    found = link.assistant.head(0).pool(Pyramid(levels, student.strides), rois).mean((1, 2, 3))
+    assert found.tolist() == [8, 16]  # 224 pixels at stride 16, the model's own rule
 
 
 def test_other_models_are_refused():

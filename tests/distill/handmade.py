@@ -42,7 +42,8 @@ def spread_predictions(*models):
     with torch.no_grad():
         for model in models:
             for name, parameter in model.named_parameters():
-                if parameter.dim() == 4 and not name.startswith(("backbone.", "fpn.")):
+                body = name.removeprefix("model.").startswith(("backbone.", "fpn."))
+                if parameter.dim() == 4 and not body:
                     parameter.normal_(std=0.1)
                 elif name == "init_points.bias":  # RepPoints' first boxes: 5 strides wide
                     parameter.normal_(std=2.5)

@@ -8,7 +8,8 @@ import torch
 from detdistill import HEAD, CrossKD, Distiller, UserError, create_method
 from detdistill.detectors.base import FPNDetector
 from detdistill.distill.assistants import CellProjector, cross_kind_loss, gather_cells, mean_square
-from detdistill.structures import GROUND_TRUTH, Proposals
+from detdistill.distill.method import Step
+from detdistill.structures import GROUND_TRUTH, Proposals, TwoStageAssignment
 from tests.helpers import make_batch, narrow
 
 ASSISTANT = {"assistant_cls": 1.0, "assistant_box": 1.0}
@@ -332,10 +333,9 @@ def test_pyramids_of_unequal_width_meet_in_an_adapter(student, teacher, shape):
 def test_a_two_stage_student_lends_its_sample_and_meets_dense_teachers_too():
     distiller, losses = distil("faster_rcnn", "cascade_rcnn")
     assistant = distiller.methods["head"].link.assistant
-    rois = object()
-    step = SimpleNamespace(
-        student_model=distiller.student, student_assignment=SimpleNamespace(rois=rois)
-    )
+    rois = Proposals([], [], [])
+    own = TwoStageAssignment(dense=None, rois=rois)
+    step = Step(None, None, distiller.student, None, None, own, iteration=0)
     assert assistant.boxes(step, 1000) is rois
     # P7, which the student lacks, is pooled.
     distiller, losses = distil("faster_rcnn", "reppoints")

@@ -65,7 +65,7 @@ def test_methods_of_one_recipe_have_schedules_of_their_own():
 @pytest.mark.parametrize(
     ("given", "words"),
     [
-        ({"start": 5, "stop": 5}, "stops at step 5"),
+        ({"start": 5, "stop": 5}, "'crosskd': stop is 5 and start 5"),
         ({"warmup": -1}, "warmup"),
         ({"stop": 0}, "stop"),
         ({"strat": 1}, "did you mean"),

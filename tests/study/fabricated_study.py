@@ -113,9 +113,9 @@ class World:
 
     def __init__(self, dataset, skills=None, seconds=None, eval_aps=None):
         self.dataset = dataset
-        self.skills = {"teacher": 0.9, "student": 0.5, "crosskd": 0.7, "pkd": 0.62}
+        self.skills = {"teacher": 0.9, "student": 0.5, "crosskd": 0.7, "pkd": 0.62, "tf_head": 0.6}
         self.skills |= {"student_same_time": 0.53} | (skills or {})
-        self.seconds = {"teacher": 200, "student": 100, "crosskd": 150, "pkd": 125}
+        self.seconds = {"teacher": 200, "student": 100, "crosskd": 150, "pkd": 125, "tf_head": 130}
         self.seconds |= {"student_same_time": 150} | (seconds or {})
         self.eval_aps = eval_aps
         self.trained: list[str] = []

@@ -81,6 +81,25 @@ def test_the_teacher_is_trained_by_the_recipe_with_its_own_options(recipe, world
     assert teacher["seed"] == 0 and teacher["methods"] == {}
 
 
+def test_methods_without_a_teacher_make_a_study_without_one(recipe, world, tmp_path):
+    out = tmp_path / "study"
+    arms = run_study(recipe, out, teacher=None, methods=["tf_head"])
+    assert world.trained[:3] == ["student/seed0", "tf_head/seed0", "student_same_time/seed0"]
+    assert [arm.kind for arm in arms] == ["control", "method", "same_time"]
+    assert recipe_of(out / "runs/tf_head/seed1")["teacher"] is None
+    results = json.loads((out / "results.json").read_text())
+    assert results["facts"]["teacher"] == "none" and not (out / "teacher").exists()
+    assert "gap" not in (out / "results.md").read_text().lower()
+    with pytest.raises(UserError, match=r"teacher None, asked for is 'gfl_r34'"):
+        run_study(recipe, out, methods=["tf_head"])
+
+
+def test_a_study_with_a_teacher_holds_methods_without_one(recipe, world, tmp_path):
+    arms = run_study(recipe, tmp_path / "study", methods=["crosskd", "tf_head"], seeds=[0])
+    titles = ["teacher", "student", "CrossKD", "TF-HEAD", "student, same time"]
+    assert [arm.title for arm in arms] == titles
+
+
 def test_a_second_call_trains_and_tests_nothing(recipe, world, tmp_path):
     out = tmp_path / "study"
     run_study(recipe, out)
@@ -167,6 +186,7 @@ def test_a_folder_with_something_else_is_refused(recipe, world, tmp_path):
         ({"teacher": "runs/absent"}, "runs/absent: no such teacher"),
         ({"teacher": "absent.pth"}, "absent.pth: no such teacher"),
         ({"teacher": "gfl_r5"}, "gfl_r5"),
+        ({"teacher": None, "methods": ["tf_head", "crosskd"]}, "crosskd needs a teacher"),
     ],
 )
 def test_bad_input_leaves_nothing_behind(recipe, world, tmp_path, change, message):

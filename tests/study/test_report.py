@@ -20,6 +20,16 @@ def test_report_is_self_contained_and_says_what_it_shows(recipe, reported_world,
     assert "$" not in text, "a placeholder was left"
 
 
+def test_report_without_a_teacher(recipe, reported_world, tmp_path):
+    out = tmp_path / "study"
+    run_study(recipe, out, teacher=None, methods=["tf_head"], seeds=[0])
+    text = (out / "report.html").read_text()
+    tags = read_page(text).tags
+    assert tags.count("img") >= 3 and tags.count("img") % 3 == 0
+    shown = text.partition("<h1>")[2].partition("<dl>")[0].lower()
+    assert "tf-head" in shown and "teacher" not in shown and "gap closed" not in shown
+
+
 def test_report_is_the_same_in_every_build(recipe, reported_world, tmp_path):
     out = tmp_path / "study"
     run_study(recipe, out, seeds=[0])

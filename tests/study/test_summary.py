@@ -23,6 +23,9 @@ from detdistill.study.table import (
     plain_table,
     print_table,
     size_rows,
+    table_header,
+    table_notes,
+    table_rows,
 )
 from tests.study.fabricated_study import score
 
@@ -102,6 +105,18 @@ def test_a_student_that_passes_its_teacher():
 def test_no_share_of_a_gap_that_is_none():
     assert "closes" not in " ".join(verdicts(arms(teacher=20.0)))
     assert "—" in plain_table(arms(teacher=20.0)).splitlines()[3]
+
+
+def test_without_a_teacher_nothing_is_said_of_one():
+    rows = arms()[1:]
+    first, second = verdicts(rows)
+    assert first == "CrossKD helps: +3.2 AP (seeds +3.0 to +3.4, all positive)."
+    assert second.startswith("Against the student alone given the same training time")
+    assert warnings(rows) == []
+    shown = [plain_table(rows), table_notes(rows), markdown_table(rows)]
+    assert not any("gap closed" in text.lower() or "teacher" in text for text in shown)
+    assert len(set(map(len, [table_header(rows), *table_rows(rows)]))) == 1
+    assert "Gap closed" in table_notes(arms())
 
 
 def write_log(folder, aps, total=100):

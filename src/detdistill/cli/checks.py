@@ -136,6 +136,13 @@ def need_teacher(methods: Mapping[str, Mapping[str, Any]]) -> bool:
     return any(create_method(name, **options).needs_teacher for name, options in methods.items())
 
 
+def take_teacher(methods: Mapping[str, Mapping[str, Any]]) -> bool:
+    """Whether any of the methods, with its options, makes use of a teacher where there is one."""
+    from detdistill.distill import create_method
+
+    return any(create_method(name, **options).takes_teacher for name, options in methods.items())
+
+
 def parse_methods(text: str, configured: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """`crosskd+pkd` to methods with the options that a recipe has for them."""
     from detdistill.distill import METHODS

@@ -63,12 +63,13 @@ def demo(
     data, study = out / "data", out / "study"
     values = checks.recipe_values(plan.recipe)
     settings = checks.training_recipe(values, plan.recipe, {"data": str(data)}, assignments)
-    _check_study(settings, out)
+    names = ["+".join(settings.methods)]
+    _check_study(settings, out, names)
     if checks.is_first_process():
         typer.echo(f"built-in data: {data}")
         write_builtin_data(data, plan.images, seed=0)
     # Beside the data, not around it: the folder of a study holds nothing else.
-    _compare(settings, study, ["+".join(settings.methods)], plan.seeds, plan.teacher_epochs)
+    _compare(settings, study, names, plan.seeds, plan.teacher_epochs)
     _say_next(
         "for your own data: detdistill train --detector gfl_r50 --data FOLDER --out runs/teacher"
     )
@@ -87,7 +88,7 @@ def compare(
     strict: Strict = False,
     devices: Devices = None,
 ) -> None:
-    """Measure what distillation gains.
+    """Measure what distillation gains; methods like tf_head need no --teacher.
 
     The same command, given again, goes on where it stopped.
     """
@@ -102,7 +103,7 @@ def compare(
     names = _split(methods) if methods else list(settings.arms) or ["+".join(settings.methods)]
     if not all(names):
         raise UserError("no method was given: add --methods NAMES, e.g. --methods crosskd")
-    _check_study(settings, out)
+    _check_study(settings, out, names)
     _compare(settings, out, names, _parse_seeds(seeds), teacher_epochs)
     _say_next(f"open {shlex.quote(str(out / 'report.html'))} in a browser")
 
@@ -123,18 +124,22 @@ def _parse_seeds(text: str) -> list[int]:
     return seeds
 
 
-def _check_study(settings: Recipe, out: Path) -> None:
-    if settings.teacher is None:
-        raise UserError("no teacher was given: add --teacher RUN_OR_FILE, or a detector's name")
-    if Path(settings.teacher).exists() or not checks.is_detector(settings.teacher):
-        checks.check_teacher(settings.teacher, settings.student, out)
+def _check_study(settings: Recipe, out: Path, names: list[str]) -> None:
+    for name in names:
+        if checks.need_teacher(settings.methods_of(name)) and settings.teacher is None:
+            raise UserError(
+                f"no teacher was given, and {name} needs one: add --teacher RUN_OR_FILE, or a "
+                f"detector's name"
+            )
+    teacher = settings.teacher
+    if teacher is not None and (Path(teacher).exists() or not checks.is_detector(teacher)):
+        checks.check_teacher(teacher, settings.student, out)
     checks.check_detector(settings.student)
 
 
 def _compare(
     settings: Recipe, out: Path, methods: list[str], seeds: list[int], teacher_epochs: int | None
 ) -> None:
-    assert settings.teacher is not None  # _check_study
     from detdistill.study.compare import compare as run_study
 
     run_study(

@@ -96,11 +96,21 @@ def distill(
     if not settings.methods:
         raise UserError("no method was given: add --method NAME, e.g. --method crosskd")
     checks.check_student(settings)
+    if not checks.take_teacher(settings.methods):
+        settings = _without_teacher(settings, teacher)
     if settings.teacher is not None:
         checks.check_teacher(settings.teacher, settings.student, out)
     _run(settings, out, resume)
     weights = shlex.quote(str(out / "model.safetensors"))
     _say_next(f"detdistill eval --weights {weights}{_data_of(settings)} --split test")
+
+
+def _without_teacher(settings: Recipe, given: str | None) -> Recipe:
+    """For methods that ignore a teacher: the recipe's own is dropped, one asked for is refused."""
+    if given is not None:
+        names = "+".join(settings.methods)
+        raise UserError(f"--teacher {given}: {names} learns without a teacher; leave --teacher out")
+    return settings.model_copy(update={"teacher": None, "teacher_options": {}})
 
 
 def _methods(method: str | None, values: dict[str, Any]) -> dict[str, dict[str, Any]] | None:

@@ -14,11 +14,13 @@ from detdistill.errors import UserError
 from detdistill.parts.backbones import STRIDES, Backbone
 from detdistill.parts.fpn import FPN, ExtraFrom, PooledFPN
 from detdistill.structures import (
+    Assignment,
     Batch,
     DenseOutput,
     Detections,
     Pyramid,
     Targets,
+    TwoStageAssignment,
 )
 
 IMAGENET_MEAN = (123.675, 116.28, 103.53)  # RGB, 0..255, as timm and MMDetection
@@ -126,8 +128,8 @@ class FPNDetector(nn.Module):
         """What is predicted at every location of the pyramid."""
         raise NotImplementedError
 
-    def assign(self, output: DenseOutput, targets: Targets) -> Any:
-        """Who learns what: an `Assignment`, or a `TwoStageAssignment`; only `loss` must read it."""
+    def assign(self, output: DenseOutput, targets: Targets) -> Assignment | TwoStageAssignment:
+        """Who learns what, in the record of the kind of the detector."""
         raise NotImplementedError
 
     def loss(

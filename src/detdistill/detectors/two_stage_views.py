@@ -225,8 +225,13 @@ class RoIHeadView(RoIHead):
         return RoIOutput(features, logits[:, [*self.labels, 0]], chosen)
 
     def pool(self, pyramid: Pyramid, proposals: Proposals) -> Tensor:
-        """RoIAlign as the model does it, to (R, C, h, w) float32."""
-        maps = {name: level.float() for name, level in zip(self.names, pyramid, strict=True)}
+        """RoIAlign as the model does it, to (R, C, h, w) float32.
+
+        On another detector's pyramid its finest levels stand for those that the model pools from.
+        """
+        maps = {name: level.float() for name, level in zip(self.names, pyramid, strict=False)}
+        # It would keep the strides of the first pyramid that it met.
+        self.own.box_roi_pool.scales = None
         height, width = (side * pyramid.strides[0] for side in pyramid[0].shape[-2:])
         sizes = [(height, width)] * len(proposals.boxes_xyxy)
         pooled: Tensor = self.own.box_roi_pool(maps, proposals.boxes_xyxy, sizes)

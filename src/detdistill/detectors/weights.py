@@ -107,7 +107,7 @@ def load_detector(
     if wanted is None:
         raise UserError(
             f"{file}: no {facts_file.name} beside it says which detector this is; "
-            f"name it, e.g. --detector gfl_r50"
+            f"name it, e.g. --detector gfl_r50, or --teacher gfl_r50={file.name}"
         )
     state = _student_alone(read_state(file), file)
     if is_torchvision(state):

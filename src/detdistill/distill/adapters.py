@@ -56,7 +56,7 @@ def require_dense(model: FPNDetector | None, method: str, role: str) -> DenseDet
     if not isinstance(model, DenseHead):
         name = getattr(model, "name", model)
         raise UserError(
-            f"{method} needs a dense {role}; {name} has no dense head to re-enter: for RoI heads "
+            f"{method} needs a dense {role}; {name} has no dense head: for RoI heads "
             f"there are crosskd_roi (alike) and head (unlike), for any pyramid pkd"
         )
     return cast(DenseDetector, model)

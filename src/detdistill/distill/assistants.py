@@ -7,7 +7,7 @@ of other kinds without any teacher. What both need stands here.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Literal, TypeVar, get_args
+from typing import Literal, TypeVar, cast, get_args
 
 import torch
 import torch.nn.functional as F
@@ -75,10 +75,9 @@ class RoIAssistant(nn.Module):
         A two-stage student has sampled for its own head; the assistant looks at the same.
         """
         if isinstance(step.student_model, TwoStageDetector):
-            return step.student_assignment.rois  # type: ignore[attr-defined, no-any-return]
-        proposals = step.student_model.propose(  # type: ignore[operator]
-            step.student, step.targets.sizes, max_per_image=count
-        )
+            return step.sampled_rois
+        student = cast(DenseDetector, step.student_model)  # `require_own_head` knows no others
+        proposals = student.propose(step.student, step.targets.sizes, max_per_image=count)
         return self.head(0).sample(proposals, step.targets)
 
     def forward(

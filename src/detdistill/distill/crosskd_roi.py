@@ -21,7 +21,7 @@ from detdistill.detectors.two_stage import TwoStageDetector
 from detdistill.distill.adapters import channel_adapter, check_same_classes, match_levels
 from detdistill.distill.method import METHODS, Method, Step
 from detdistill.errors import UserError
-from detdistill.structures import Pyramid, RoIOutput, TwoStageAssignment
+from detdistill.structures import Pyramid, RoIOutput
 
 
 @METHODS.register("crosskd_roi")
@@ -70,7 +70,7 @@ class CrossKDRoI(Method):
         """Raw terms `cls` and `box`."""
         assert step.teacher is not None
         model = cast(TwoStageDetector, step.teacher_model)
-        rois = cast(TwoStageAssignment, step.student_assignment).rois
+        rois = step.sampled_rois
         with torch.no_grad():
             target = model.roi(step.teacher.pyramid, rois)
         levels = [self.adapter(step.student.pyramid[level]) for level in self.levels]

@@ -11,7 +11,14 @@ from torch import Tensor, nn
 from detdistill.detectors.base import FPNDetector
 from detdistill.distill.method import Method, Step
 from detdistill.errors import UserError
-from detdistill.structures import Assignment, Batch, DenseOutput, Predictions, Targets
+from detdistill.structures import (
+    Assignment,
+    Batch,
+    DenseOutput,
+    Predictions,
+    Targets,
+    TwoStageAssignment,
+)
 
 
 class Distiller(nn.Module):
@@ -23,7 +30,8 @@ class Distiller(nn.Module):
 
     Args:
         student: what is trained.
-        teacher: what it learns from, or None.
+        teacher: what it learns from, or None. One that no method learns from during training is
+            let go when the methods are prepared.
         methods: by name, e.g. `{"crosskd": CrossKD()}`; the name prefixes the terms.
 
     Raises:
@@ -45,11 +53,14 @@ class Distiller(nn.Module):
             if teacher is None and method.needs_teacher:
                 raise UserError(f"{name} needs a teacher; pass --teacher RUN_OR_FILE")
             method.prepare(student, teacher)
+            if not any(method.weights.values()):
+                raise UserError(f"{name}: all its weights are 0; leave it out, or raise one")
         self.student = student
         self.methods = nn.ModuleDict(methods)
-        self._teacher = (teacher,)  # a tuple hides it from the module tree
         if teacher is not None:
             teacher.requires_grad_(False).eval()
+        needed = any(method.needs_teacher for method in methods.values())
+        self._teacher = (teacher if needed else None,)  # a tuple hides it from the module tree
         self.iteration = 0
         self.raw: dict[str, Tensor] = {}
         self.resting: frozenset[str] = frozenset()
@@ -57,7 +68,7 @@ class Distiller(nn.Module):
 
     @property
     def teacher(self) -> FPNDetector | None:
-        """The frozen teacher."""
+        """The frozen teacher; None where no method learns from one."""
         return self._teacher[0]
 
     def get_extra_state(self) -> dict[str, int]:
@@ -93,7 +104,11 @@ class Distiller(nn.Module):
         return terms
 
     def _distil(
-        self, batch: Batch, output: DenseOutput, targets: Targets, assignment: Assignment
+        self,
+        batch: Batch,
+        output: DenseOutput,
+        targets: Targets,
+        assignment: Assignment | TwoStageAssignment,
     ) -> dict[str, Tensor]:
         """The methods' weighted terms."""
         methods = cast("dict[str, Method]", dict(self.methods.items()))

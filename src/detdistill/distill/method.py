@@ -11,8 +11,15 @@ from torch import Tensor, nn
 from detdistill.detectors.base import FPNDetector
 from detdistill.detectors.dense import DenseDetector
 from detdistill.distill.schedule import TIMING, Schedule
+from detdistill.errors import UserError
 from detdistill.registry import Registry, checked_keywords
-from detdistill.structures import Assignment, DenseOutput, Targets
+from detdistill.structures import (
+    Assignment,
+    DenseOutput,
+    Proposals,
+    Targets,
+    TwoStageAssignment,
+)
 
 
 @dataclass
@@ -25,7 +32,8 @@ class Step:
         student_model: for its stages.
         teacher_model: for its stages; its parameters are frozen.
         targets: ground truth of the batch.
-        student_assignment: made once and shared with the student's own loss.
+        student_assignment: made once and shared with the student's own loss: an `Assignment` of a
+            dense student, a `TwoStageAssignment` of a two-stage one.
         iteration: optimisation steps before this one.
     """
 
@@ -34,7 +42,7 @@ class Step:
     student_model: FPNDetector
     teacher_model: FPNDetector | None
     targets: Targets
-    student_assignment: Assignment
+    student_assignment: Assignment | TwoStageAssignment
     iteration: int
     _teacher_assignment: Assignment | None = None
 
@@ -44,14 +52,26 @@ class Step:
         return cast(DenseDetector, self.teacher_model)
 
     @property
+    def dense_assignment(self) -> Assignment:
+        """The student's, of which `prepare` has made sure that it is dense."""
+        assert isinstance(self.student_assignment, Assignment)
+        return self.student_assignment
+
+    @property
+    def sampled_rois(self) -> Proposals:
+        """What a two-stage student, as `prepare` has made sure, sampled for its own RoI heads."""
+        assert isinstance(self.student_assignment, TwoStageAssignment)
+        return self.student_assignment.rois
+
+    @property
     def teacher_assignment(self) -> Assignment:
-        """By the teacher's anchors and assigner; the student's own where both are equal."""
-        assert self.teacher is not None and self.teacher_model is not None
+        """By a dense teacher's anchors and assigner; the student's own where both are equal."""
+        assert self.teacher is not None
         if self._teacher_assignment is None:
-            if self.teacher_model.assignment_key == self.student_model.assignment_key:
-                self._teacher_assignment = self.student_assignment
+            if self.dense_teacher.assignment_key == self.student_model.assignment_key:
+                self._teacher_assignment = self.dense_assignment
             else:
-                self._teacher_assignment = self.teacher_model.assign(self.teacher, self.targets)
+                self._teacher_assignment = self.dense_teacher.assign(self.teacher, self.targets)
         return self._teacher_assignment
 
 
@@ -59,7 +79,8 @@ class Method(nn.Module):
     """A distillation method: settings, adapters if any, and raw loss terms of a step.
 
     Class attributes:
-        needs_teacher: False for teacher-free methods.
+        needs_teacher: False for methods that work without a teacher.
+        takes_teacher: False for methods that ignore one.
         teacher_stage: how far the teacher runs: to its "head" or only to its "pyramid".
 
     Attributes:
@@ -69,6 +90,7 @@ class Method(nn.Module):
     """
 
     needs_teacher = True
+    takes_teacher = True
     teacher_stage: Literal["head", "pyramid"] = "head"
     keep_pre_activation = False
     weights: Mapping[str, float]
@@ -114,5 +136,9 @@ def create_method(name: str, **options: Any) -> Method:
     method = entry(**checked_keywords(f"method {name!r}", entry, options, TIMING))
     if timing:
         timing = {**vars(method.schedule), **timing}
-        method.schedule = Schedule(**checked_keywords(f"method {name!r}", Schedule, timing))
+        timing = checked_keywords(f"method {name!r}", Schedule, timing)
+        try:
+            method.schedule = Schedule(**timing)
+        except UserError as error:
+            raise UserError(f"method {name!r}: {error}") from None
     return method

@@ -76,7 +76,7 @@ class RM(Method):
         """Raw term `rank`."""
         assert step.teacher is not None
         of_teacher = self.candidates == "teacher"
-        assignment = step.teacher_assignment if of_teacher else step.student_assignment
+        assignment = step.teacher_assignment if of_teacher else step.dense_assignment
         image, row = assignment.positive.nonzero(as_tuple=True)
         label = assignment.labels[image, row]
         found, wanted = (

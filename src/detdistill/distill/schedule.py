@@ -31,7 +31,7 @@ class Schedule:
     ) -> None:
         """Always on, by default."""
         if stop is not None and stop <= start:
-            raise UserError(f"a method that stops at step {stop} must start before: start={start}")
+            raise UserError(f"stop is {stop} and start {start}, so it would never act; raise stop")
         self.start, self.stop, self.warmup = start, stop, warmup
 
     def factor(self, iteration: int) -> float:

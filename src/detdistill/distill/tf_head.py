@@ -68,6 +68,7 @@ class TFHEAD(AssistedMethod):
     """
 
     needs_teacher = False
+    takes_teacher = False
 
     def __init__(
         self,

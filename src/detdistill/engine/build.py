@@ -16,11 +16,12 @@ from detdistill.recipe import Recipe, split_teacher
 
 @dataclass(frozen=True)
 class Parts:
-    """What a run is made of."""
+    """What a run is made of; `teacher` as the recipe names it, None where no method takes one."""
 
     train: DetectionDataset
     val: DetectionDataset
     distiller: Distiller
+    teacher: str | None
 
 
 def build(recipe: Recipe) -> Parts:
@@ -33,9 +34,11 @@ def build(recipe: Recipe) -> Parts:
     student = create_detector(recipe.student, len(train.classes), **recipe.student_options)
     student.classes = list(train.classes)
     student.input_size = eval_size(recipe)
-    teacher = load_teacher(recipe) if recipe.methods else None
     methods = {name: create_method(name, **options) for name, options in recipe.methods.items()}
-    return Parts(train, val, Distiller(student, teacher, methods))
+    taken = any(method.takes_teacher for method in methods.values())
+    teacher = load_teacher(recipe) if taken else None
+    distiller = Distiller(student, teacher, methods)
+    return Parts(train, val, distiller, recipe.teacher if taken else None)
 
 
 def load_teacher(recipe: Recipe) -> FPNDetector | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from lightning_fabric import Fabric
@@ -12,13 +12,13 @@ from lightning_fabric import Fabric
 from detdistill import __version__
 from detdistill.data import TrainBatches
 from detdistill.detectors import save_detector
-from detdistill.distill import Distiller
+from detdistill.distill import Distiller, Method
 from detdistill.engine.build import Parts
 from detdistill.engine.checkpoint import load_checkpoint, save_checkpoint, write_json, write_text
 from detdistill.engine.log import MetricsFile, RunDisplay, TermWindow
 from detdistill.engine.optim import make_optimizer
 from detdistill.errors import UserError
-from detdistill.evaluation.run import evaluate_dataset
+from detdistill.evaluation.run import evaluate_dataset, knows_classes
 from detdistill.recipe import Recipe
 
 
@@ -75,6 +75,9 @@ class Run:
         teacher = self.distiller.teacher
         if teacher is None or not self.speaks or self.teacher_ap >= 0:
             return
+        if not knows_classes(teacher, self.parts.val):  # features alone may be of use
+            self.display.say(f"teacher {teacher.name} has other classes; its AP is not measured")
+            return
         metrics = evaluate_dataset(teacher, self.parts.val, self.recipe, self.fabric.device)
         self.teacher_ap = metrics.numbers["AP"]
         self._write("teacher", split="val", metrics=metrics.numbers)
@@ -99,6 +102,18 @@ class Run:
             for dataset in datasets:
                 if dataset.faults:
                     self.display.say(f"{dataset.fault_summary()} (all: {self.out / 'faults.txt'})")
+
+    def say_schedules(self) -> None:
+        """Methods that do not reach their full weights in this run, or do not act at all."""
+        for name, method in self.distiller.methods.items():
+            schedule = cast(Method, method).schedule
+            full = schedule.start + schedule.warmup
+            if full >= self.total_steps:
+                first = f"{name} acts from step {schedule.start}, with full weights from {full}"
+                self.display.say(
+                    f"warning: {first}, but this run has {self.total_steps} steps; lower "
+                    f"methods.{name}.{'warmup' if schedule.warmup else 'start'}"
+                )
 
     def report(self, rate: float, images_per_second: float) -> None:
         """Log line, evaluation and checkpoint, when due."""
@@ -157,7 +172,7 @@ class Run:
             "step": self.step,
             "val_ap": ap,
             "seed": recipe.seed,
-            "teacher": recipe.teacher if recipe.methods else None,
+            "teacher": self.parts.teacher,
             "methods": recipe.methods,
         }
         path = self.out / f"{stem}.safetensors"

@@ -54,6 +54,7 @@ def train(recipe: Recipe, out: Path, *, resume: bool = False) -> RunResult:
 def _loop(run: Run) -> RunResult:
     """Trains to the last step."""
     run.say_faults()
+    run.say_schedules()
     run.check_teacher()
     run.module.train()
     with closing(run.batches.batches(run.step * run.recipe.accumulate)) as batches:

@@ -130,6 +130,15 @@ def _to_results(
     ]
 
 
+def knows_classes(detector: FPNDetector, dataset: DetectionDataset) -> bool:
+    """Whether the detector's classes are those of the data set."""
+    try:
+        category_ids_of(detector, dataset)
+    except UserError:
+        return False
+    return True
+
+
 def category_ids_of(detector: FPNDetector, dataset: DetectionDataset) -> list[int]:
     """The data set's category id of each of the detector's labels, matched by name if known.
 

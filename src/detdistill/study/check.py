@@ -5,17 +5,20 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from detdistill.data import open_dataset, require_same_classes
+from detdistill.data import DetectionDataset, open_dataset, require_same_classes
 from detdistill.detectors import FPNDetector, create_detector
 from detdistill.distill import Distiller, create_method
 from detdistill.engine.build import load_teacher
 from detdistill.errors import UserError
+from detdistill.evaluation.run import knows_classes
 from detdistill.recipe import Recipe, split_teacher
 from detdistill.study.runs import WEIGHTS
 
 
-def check_study(recipe: Recipe, teacher: str, methods: Sequence[str], seeds: Sequence[int]) -> None:
-    """Data, names, options, and whether each method fits the pair.
+def check_study(
+    recipe: Recipe, teacher: str | None, methods: Sequence[str], seeds: Sequence[int]
+) -> None:
+    """Data, names, options, and whether each method fits the pair, or does without a teacher.
 
     Raises:
         UserError: in one sentence.
@@ -28,23 +31,39 @@ def check_study(recipe: Recipe, teacher: str, methods: Sequence[str], seeds: Seq
         raise UserError(f"seeds {list(seeds)}: expected whole numbers from 0 on")
     if recipe.nodes > 1:
         raise UserError(f"compare runs on one machine, found nodes {recipe.nodes}: set nodes to 1")
+    test = _check_data(recipe)
+    classes = test.classes
+    model = None if teacher is None else _teacher(recipe, teacher, classes)
+    student = create_detector(recipe.student, len(classes), **recipe.student_options)
+    student.classes = list(classes)
+    for name in methods:
+        parts = recipe.methods_of(name).items()
+        Distiller(student, model, {part: create_method(part, **given) for part, given in parts})
+    if model is not None and not knows_classes(model, test):
+        raise UserError(
+            f"a study measures its teacher, too, and the classes of {teacher} are not those of "
+            f"{test.source}: choose a teacher of the same task"
+        )
+
+
+def _check_data(recipe: Recipe) -> DetectionDataset:
+    """The test split, of the same classes as the others."""
     train, val = open_dataset(recipe, "train"), open_dataset(recipe, "val")
     test = open_dataset(recipe, "test")
     for split in (val, test):
         require_same_classes(train, split)
     if not any((~record.crowd).any() for record in test.records):
         raise UserError(f"{test.source}: no test image has a usable box; nothing can be measured")
-    model: FPNDetector | None
-    if teacher_file(teacher) is None:
-        model = create_detector(teacher, len(train.classes), **recipe.teacher_options)
-        model.classes = list(train.classes)
-    else:
-        model = existing_teacher(recipe.model_copy(update={"teacher": teacher}))
-    student = create_detector(recipe.student, len(train.classes), **recipe.student_options)
-    student.classes = list(train.classes)
-    for name in methods:
-        parts = recipe.methods_of(name).items()
-        Distiller(student, model, {part: create_method(part, **given) for part, given in parts})
+    return test
+
+
+def _teacher(recipe: Recipe, teacher: str, classes: Sequence[str]) -> FPNDetector:
+    """The teacher, untrained where it is yet to be trained."""
+    if teacher_file(teacher) is not None:
+        return existing_teacher(recipe.model_copy(update={"teacher": teacher}))
+    model = create_detector(teacher, len(classes), **recipe.teacher_options)
+    model.classes = list(classes)
+    return model
 
 
 def teacher_file(teacher: str) -> Path | None:

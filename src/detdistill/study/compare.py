@@ -25,8 +25,8 @@ from detdistill.study.runs import (
     train_and_test,
     with_gain_interval,
 )
-from detdistill.study.summary import Arm, paired_gains, verdicts, warnings
-from detdistill.study.table import NOTES, format_time, markdown_table, print_table
+from detdistill.study.summary import Arm, control_of, paired_gains, verdicts, warnings
+from detdistill.study.table import format_time, markdown_table, print_table, table_notes
 
 SAME_TIME = "student_same_time"
 ALONE: dict[str, Any] = {"teacher": None, "teacher_options": {}, "methods": {}, "arms": {}}
@@ -37,7 +37,7 @@ def compare(
     recipe: Recipe,
     out: Path,
     *,
-    teacher: str,
+    teacher: str | None,
     methods: Sequence[str],
     seeds: Sequence[int],
     teacher_epochs: int | None = None,
@@ -50,27 +50,22 @@ def compare(
             `arms` names for sets of methods.
         out: the study's folder: `runs/<arm>/seed<k>`, `results.json`, `results.md`, `report.html`.
         teacher: a run folder, a weights file, or a detector name; a named teacher is trained
-            first, by the same recipe with `recipe.teacher_options`.
+            first, by the same recipe with `recipe.teacher_options`. None where no method needs one.
         methods: arms to add, e.g. ["crosskd", "crosskd+pkd"], or names of `recipe.arms`.
         seeds: each arm but the teacher runs once with each.
         teacher_epochs: of a teacher trained here, if not those of the recipe.
         on_status: called with a line at each step of the study.
 
     Returns:
-        The rows of the table: teacher, student, methods, student with the same training time.
+        The rows of the table: teacher if any, student, methods, student with the same training
+        time.
     """
     methods, seeds = list(dict.fromkeys(methods)), list(dict.fromkeys(seeds))
     check_study(recipe, teacher, methods, seeds)
     settings: dict[str, Any] = {"teacher": teacher, "teacher_epochs": teacher_epochs}
     settings |= {"recipe": recipe.model_dump(), "methods": methods, "seeds": seeds}
     study = _Study(Path(out), recipe, open_study(Path(out), settings), on_status)
-    study.left = len(seeds) * (2 + len(methods)) + (teacher_file(teacher) is None)
-    teacher_score, weights = study.teacher(teacher, teacher_epochs)
-    scores: dict[str, list[RunScore]] = {}
-    for seed in seeds:
-        for name, score in study.seed(seed, methods, weights).items():
-            scores.setdefault(name, []).append(score)
-    arms = _with_latency(_arms(teacher_score, scores), study.taught_by(weights), study)
+    arms = study.arms(teacher, teacher_epochs, methods, seeds)
     _write(study, arms)
     on_status(f"report: {study.out / 'report.html'}")
     return arms
@@ -86,6 +81,21 @@ class _Study:
     on_status: Callable[[str], None]
     left: int = 0
     seconds: list[float] = field(default_factory=list)
+
+    def arms(
+        self, teacher: str | None, epochs: int | None, methods: list[str], seeds: list[int]
+    ) -> list[Arm]:
+        """All runs, as the rows of the table."""
+        self.left = len(seeds) * (2 + len(methods))
+        teacher_score, weights = None, None
+        if teacher is not None:
+            self.left += teacher_file(teacher) is None
+            teacher_score, weights = self.teacher(teacher, epochs)
+        scores: dict[str, list[RunScore]] = {}
+        for seed in seeds:
+            for name, score in self.seed(seed, methods, weights).items():
+                scores.setdefault(name, []).append(score)
+        return _with_latency(_arms(teacher_score, scores), self.taught_by(weights), self)
 
     def teacher(self, teacher: str, epochs: int | None) -> tuple[RunScore, str]:
         """The teacher's score and what a recipe calls it; a named one is trained first."""
@@ -110,14 +120,14 @@ class _Study:
         """Where a teacher lies that is trained here, and the numbers of one that is not."""
         return self.out / "teacher"
 
-    def taught_by(self, teacher: str) -> Recipe:
-        """The recipe with its teacher; one trained here knows its options itself."""
+    def taught_by(self, teacher: str | None) -> Recipe:
+        """The recipe with its teacher if any; one trained here knows its options itself."""
         changes: dict[str, Any] = {"teacher": teacher}
-        if teacher == str(self.own_teacher.resolve()):
+        if teacher in (None, str(self.own_teacher.resolve())):
             changes["teacher_options"] = {}
         return self.recipe.model_copy(update=changes)
 
-    def seed(self, seed: int, methods: list[str], teacher: str) -> dict[str, RunScore]:
+    def seed(self, seed: int, methods: list[str], teacher: str | None) -> dict[str, RunScore]:
         """Control, methods and same-time control of one seed."""
         control = self.recipe.model_copy(update={**ALONE, "seed": seed})
         scores = {"student": self.run(f"runs/student/seed{seed}", control)}
@@ -172,28 +182,28 @@ def _seconds(score: RunScore) -> float:
     return score.seconds or 0.0
 
 
-def _arms(teacher: RunScore, scores: dict[str, list[RunScore]]) -> list[Arm]:
+def _arms(teacher: RunScore | None, scores: dict[str, list[RunScore]]) -> list[Arm]:
     """Rows in the order of the table: teacher, student, methods, student with the same time."""
+    first = [] if teacher is None else [Arm("teacher", "teacher", (teacher,))]
     same_time = Arm(SAME_TIME, "same_time", tuple(scores.pop(SAME_TIME)))
     control = Arm("student", "control", tuple(scores.pop("student")))
     taught = [Arm(name, "method", tuple(runs)) for name, runs in scores.items()]
-    return [Arm("teacher", "teacher", (teacher,)), control, *taught, same_time]
+    return [*first, control, *taught, same_time]
 
 
 def _with_latency(arms: list[Arm], taught: Recipe, study: _Study) -> list[Arm]:
-    """Times teacher and student one after the other; all students are the same network."""
+    """Times the teacher, if any, then the student; all students are the same network."""
     device = study_device(study.recipe)
     times = study.state["latency_ms"]
     if device.type not in times:
         image = open_dataset(study.recipe, "test").read(0)
         height, width = int(image.shape[1]), int(image.shape[2])
-        pair = {
-            "teacher": existing_teacher(taught),
-            "student": load_detector(arms[1].runs[0].folder),
-        }
+        models = {"student": load_detector(control_of(arms).runs[0].folder)}
+        if taught.teacher is not None:
+            models = {"teacher": existing_teacher(taught), **models}
         times[device.type] = {
             name: latency_ms(detector, height, width, device, image=image)
-            for name, detector in pair.items()
+            for name, detector in models.items()
         }
         write_json(study.out / STUDY, study.state)
     found = times[device.type]
@@ -207,12 +217,12 @@ def _write(study: _Study, arms: list[Arm]) -> None:
     """The results as JSON, Markdown and a page; then the table on standard output."""
     out, sentences, caveats = study.out, verdicts(arms), warnings(arms)
     facts = study_facts(study.recipe, study.state)
-    rows = [_arm_values(arm, arms[1], out) for arm in arms]
+    rows = [_arm_values(arm, control_of(arms), out) for arm in arms]
     results = {"verdict": sentences, "warnings": caveats, "arms": rows, "facts": facts}
     write_json(out / "results.json", results)
     lines = [*sentences, *(f"**Warning:** {caveat}" for caveat in caveats)]
     settings = "\n".join(f"- {name}: {value}" for name, value in facts.items())
-    parts = ["# Results", markdown_table(arms), "\n".join(lines), NOTES, settings]
+    parts = ["# Results", markdown_table(arms), "\n".join(lines), table_notes(arms), settings]
     write_text(out / "results.md", "\n\n".join(parts) + "\n")
     write_report(out, study.recipe, arms, sentences, caveats, facts)
     print_table(arms, sentences, caveats)

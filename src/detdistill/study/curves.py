@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 
 from detdistill.drawing.charts import INK, STYLE, WIDTH, svg
 from detdistill.study.runs import RunScore, read_log
-from detdistill.study.summary import Arm
+from detdistill.study.summary import Arm, control_of
 
 METHOD_COLOURS = ("#2f7de1", "#1f9d6b", "#a25ddc", "#d6498f", "#0f9fb5")
 COLOURS = {"teacher": "#8b929c", "control": "#e07b1f", "same_time": "#c9a227"}
@@ -154,8 +154,7 @@ def class_gains(arm: Arm, control: Arm) -> dict[str, float]:
 
 def _with_own_runs(arms: Sequence[Arm]) -> list[Arm]:
     """Without a same-time control that is the control itself."""
-    control = next(arm for arm in arms if arm.kind == "control")
-    known = {run.folder for run in control.runs}
+    known = {run.folder for run in control_of(arms).runs}
     return [
         arm
         for arm in arms

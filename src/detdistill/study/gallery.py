@@ -16,7 +16,7 @@ from detdistill.drawing.page import Panel
 from detdistill.drawing.pictures import Layer, draw_layers, jpeg_data_uri
 from detdistill.evaluation.coco import Matches, match_at_50
 from detdistill.study.runs import TEST_DETECTIONS, RunScore, read_json
-from detdistill.study.summary import Arm
+from detdistill.study.summary import Arm, arm_of, control_of
 
 # Told apart by people who are colour-blind, too: bluish green, orange, yellow and dashed.
 CORRECT, FALSE, MISSED, TRUTH = "#00c78b", "#ff6a1f", "#ffe11f", "#5db2ff"
@@ -44,15 +44,15 @@ class Outcome:
 def make_gallery(
     arms: Sequence[Arm], method: Arm, dataset: DetectionDataset, gains: int = 5, losses: int = 3
 ) -> dict[str, list[list[Panel]]]:
-    """Rows of panels: ground truth, teacher, student, distilled student.
+    """Rows of panels: ground truth, teacher (where there is one), student, distilled student.
 
     The first seed is shown. "gains" are pictures on which distillation helps most, "losses" those
     on which it hurts most.
     """
     distilled = method.runs[0]
-    controls = next(arm for arm in arms if arm.kind == "control").runs
+    teacher, controls = arm_of(arms, "teacher"), control_of(arms).runs
     runs = {
-        "teacher": next(arm for arm in arms if arm.kind == "teacher").runs[0],
+        **({} if teacher is None else {"teacher": teacher.runs[0]}),
         "student": next(run for run in controls if run.seed == distilled.seed),
         method.title: distilled,
     }

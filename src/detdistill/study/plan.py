@@ -32,7 +32,7 @@ def open_study(out: Path, settings: dict[str, Any]) -> dict[str, Any]:
 
     Args:
         out: the study's folder.
-        settings: recipe (plain values), teacher, teacher_epochs, methods, seeds.
+        settings: recipe (plain values), teacher (or None), teacher_epochs, methods, seeds.
 
     Returns:
         The content of `study.json`, already written.
@@ -85,7 +85,7 @@ def study_facts(recipe: Recipe, state: dict[str, Any]) -> dict[str, str]:
         "data": str(recipe.data or recipe.test_annotations),
         "test split": f"{len(test)} images, {boxes} boxes, {len(test.classes)} classes",
         "student": recipe.student,
-        "teacher": state["teacher"],
+        "teacher": state["teacher"] or "none",
         "seeds": ", ".join(str(seed) for seed in state["seeds"]),
         "python": platform.python_version(),
         "versions": ", ".join(f"{package} {version(package)}" for package in packages),

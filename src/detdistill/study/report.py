@@ -14,8 +14,8 @@ from detdistill.engine.checkpoint import write_text
 from detdistill.recipe import Recipe, dump_recipe
 from detdistill.study.curves import ap_chart, arm_colours, class_chart, loss_chart, seeds_chart
 from detdistill.study.gallery import CORRECT, FALSE, MISSED, TRUTH, make_gallery
-from detdistill.study.summary import Arm, paired_gains
-from detdistill.study.table import HEADER, NOTES, size_rows, table_rows
+from detdistill.study.summary import Arm, arm_of, control_of, paired_gains
+from detdistill.study.table import size_rows, table_header, table_notes, table_rows
 
 LEGEND = "".join(
     f'<span class="key"><span class="box" style="border:3px {style} {colour}"></span>{name}</span>'
@@ -43,7 +43,7 @@ def write_report(
 ) -> Path:
     """Writes `report.html` into the study's folder and returns its path."""
     template = Template((files("detdistill.study") / "report.html").read_text(encoding="utf-8"))
-    control = next(arm for arm in arms if arm.kind == "control")
+    control = control_of(arms)
     best = best_method(arms)
     title = f"Does distillation help {recipe.student}?"
     body = template.substitute(
@@ -52,9 +52,9 @@ def write_report(
         warnings=warnings(caveats),
         cards=_cards(arms, control, best),
         seeds=seeds_chart(arms),
-        table=_table(arms, HEADER, table_rows(arms)),
+        table=_table(arms, table_header(arms), table_rows(arms)),
         sizes=_table(arms, SIZES, size_rows(arms)),
-        notes=html.escape(NOTES),
+        notes=html.escape(table_notes(arms)),
         curves=_figures(arms),
         classes=_classes(arms, control),
         legend=LEGEND,
@@ -73,15 +73,16 @@ def best_method(arms: Sequence[Arm]) -> Arm:
 
 
 def _cards(arms: Sequence[Arm], control: Arm, best: Arm) -> str:
-    """The three numbers that answer the question at a glance."""
-    teacher = next(arm for arm in arms if arm.kind == "teacher")
+    """The numbers that answer the question at a glance."""
     gains = paired_gains(best, control)
     gain = sum(gains) / len(gains)
     entries = [
         ("student alone", f"{control.mean():.1f}", "AP on test"),
         (f"student + {best.title}", f"{best.mean():.1f}", f"AP on test, {gain:+.1f}"),
-        ("teacher", f"{teacher.mean():.1f}", "AP on test"),
     ]
+    teacher = arm_of(arms, "teacher")
+    if teacher is not None:
+        entries.append(("teacher", f"{teacher.mean():.1f}", "AP on test"))
     return cards(entries)
 
 
@@ -99,10 +100,11 @@ def _table(arms: Sequence[Arm], header: Sequence[str], rows: Sequence[Sequence[s
 
 
 def _figures(arms: Sequence[Arm]) -> str:
+    dashed = "same-time student"
+    if arm_of(arms, "teacher") is not None:
+        dashed = f"teacher and {dashed}"
     charts = {
-        "AP on val during training. One line per seed; dashed: teacher and same-time student.": (
-            ap_chart(arms)
-        ),
+        f"AP on val during training. One line per seed; dashed: {dashed}.": ap_chart(arms),
         "Loss terms on train as they enter the sum (weighted, smoothed). "
         "The highest first values are cut off.": loss_chart(arms),
     }

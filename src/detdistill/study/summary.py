@@ -71,14 +71,26 @@ class Arm:
         return statistics.fmean(known) if known else None
 
 
+def arm_of(arms: Sequence[Arm], kind: Kind) -> Arm | None:
+    """The first arm of a kind; None where there is none, as the teacher of some studies."""
+    return next((arm for arm in arms if arm.kind == kind), None)
+
+
+def control_of(arms: Sequence[Arm]) -> Arm:
+    """The student alone, which every study has."""
+    return next(arm for arm in arms if arm.kind == "control")
+
+
 def paired_gains(arm: Arm, control: Arm) -> list[float]:
     """AP over the control's run of the same seed."""
     by_seed = {run.seed: 100 * run.numbers["AP"] for run in control.runs}
     return [100 * run.numbers["AP"] - by_seed[run.seed] for run in arm.runs]
 
 
-def gap_closed(arm: Arm, control: Arm, teacher: Arm) -> float | None:
-    """Share of the distance from control to teacher; None when the teacher is not ahead."""
+def gap_closed(arm: Arm, control: Arm, teacher: Arm | None) -> float | None:
+    """Share of the distance from control to teacher; None without a teacher that is ahead."""
+    if teacher is None:
+        return None
     gap = teacher.mean() - control.mean()
     return (arm.mean() - control.mean()) / gap if gap > 0 else None
 
@@ -131,8 +143,8 @@ def _signed(value: float) -> str:
 
 def verdicts(arms: Sequence[Arm]) -> list[str]:
     """Sentences about each method: against the control, the teacher, and the same-time control."""
-    teacher, control = _only(arms, "teacher"), _only(arms, "control")
-    same_time = _only(arms, "same_time")
+    teacher, control = arm_of(arms, "teacher"), control_of(arms)
+    same_time = next(arm for arm in arms if arm.kind == "same_time")
     sentences = []
     for arm in arms:
         if arm.kind != "method":
@@ -140,22 +152,29 @@ def verdicts(arms: Sequence[Arm]) -> list[str]:
         gains = paired_gains(arm, same_time)
         caveat = " at equal steps, not at equal training time" if max(gains) <= 0 else ""
         text = verdict(arm.title, paired_gains(arm, control), caveat)
-        share = gap_closed(arm, control, teacher)
-        if share is not None and arm.mean() >= teacher.mean():
-            text += f" It reaches {arm.mean():.1f} AP, the teacher {teacher.mean():.1f}."
-        elif share is not None and share > 0:
-            gap = teacher.mean() - control.mean()
-            text += f" It closes {share:.0%} of the {gap:.1f} AP between student and teacher."
+        if teacher is not None:
+            text += _against_teacher(arm, control, teacher)
         sentences.append(text)
         sentences.append(_against_same_time(arm.title, gains, same_time, control))
     return sentences
 
 
+def _against_teacher(arm: Arm, control: Arm, teacher: Arm) -> str:
+    """A further sentence where the teacher is ahead of the student alone."""
+    share = gap_closed(arm, control, teacher)
+    if share is not None and arm.mean() >= teacher.mean():
+        return f" It reaches {arm.mean():.1f} AP, the teacher {teacher.mean():.1f}."
+    if share is not None and share > 0:
+        gap = teacher.mean() - control.mean()
+        return f" It closes {share:.0%} of the {gap:.1f} AP between student and teacher."
+    return ""
+
+
 def warnings(arms: Sequence[Arm]) -> list[str]:
     """What makes the numbers worth less than they look."""
-    teacher, control = _only(arms, "teacher"), _only(arms, "control")
+    teacher, control = arm_of(arms, "teacher"), control_of(arms)
     found = []
-    if teacher.mean() <= control.mean():
+    if teacher is not None and teacher.mean() <= control.mean():
         found.append(
             f"The teacher ({teacher.mean():.1f} AP) is no better than the student alone "
             f"({control.mean():.1f} AP): a better teacher comes before any distillation."
@@ -212,7 +231,3 @@ def _against_same_time(title: str, gains: list[float], same_time: Arm, control: 
         f"Against the student alone given the same training time ({factor:.2g} x the epochs): "
         f"{title} {statistics.fmean(gains):+.1f} AP{reach}."
     )
-
-
-def _only(arms: Sequence[Arm], kind: Kind) -> Arm:
-    return next(arm for arm in arms if arm.kind == kind)

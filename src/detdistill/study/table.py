@@ -8,27 +8,47 @@ from collections.abc import Sequence
 from rich.console import Console
 from rich.table import Table
 
-from detdistill.study.summary import Arm, gap_closed, paired_gains, spread
+from detdistill.study.summary import (
+    Arm,
+    arm_of,
+    control_of,
+    gap_closed,
+    paired_gains,
+    spread,
+)
 
-HEADER = (
-    *("", "AP", "AP50", "AP75", "ΔAP (paired)", "gap closed"),
-    *("parameters", "ms/image", "training"),
-)
+GAP = "gap closed"
+NOTES = {
+    "AP": (
+        "AP, AP50, AP75: COCO numbers x 100 on the test split, mean ± standard deviation over "
+        "seeds. ΔAP: gain over the student alone, paired by seed, mean (lowest … highest)."
+    ),
+    GAP: "Gap closed: share of the distance from student to teacher.",
+    "training": (
+        "ms/image: whole prediction at batch 1, NMS included; a distilled student is the same "
+        "network. Training: mean time of one run. Same time: the student alone, its schedule "
+        "stretched to the training time of the slowest distilled run."
+    ),
+}
 NONE = "—"
-NOTES = (
-    "AP, AP50, AP75: COCO numbers x 100 on the test split, mean ± standard deviation over seeds. "
-    "ΔAP: gain over the student alone, paired by seed, mean (lowest … highest). "
-    "Gap closed: share of the distance from student to teacher. "
-    "ms/image: whole prediction at batch 1, NMS included; a distilled student is the same network. "
-    "Training: mean time of one run. Same time: the student alone, its schedule stretched to the "
-    "training time of the slowest distilled run."
-)
+
+
+def table_header(arms: Sequence[Arm]) -> list[str]:
+    """The names of the columns; without a teacher there is no gap to close."""
+    gap = [] if arm_of(arms, "teacher") is None else [GAP]
+    columns = ["AP", "AP50", "AP75", "ΔAP (paired)", *gap, "parameters", "ms/image", "training"]
+    return ["", *columns]
+
+
+def table_notes(arms: Sequence[Arm]) -> str:
+    """What the columns say."""
+    shown = table_header(arms)
+    return " ".join(text for column, text in NOTES.items() if column in shown)
 
 
 def table_rows(arms: Sequence[Arm]) -> list[list[str]]:
-    """One row of text per arm, in the order of `HEADER`."""
-    teacher = next(arm for arm in arms if arm.kind == "teacher")
-    control = next(arm for arm in arms if arm.kind == "control")
+    """One row of text per arm, in the order of `table_header`."""
+    teacher, control = arm_of(arms, "teacher"), control_of(arms)
     return [_row(arm, control, teacher) for arm in arms]
 
 
@@ -55,13 +75,14 @@ def aligned(rows: Sequence[Sequence[str]]) -> str:
 
 def plain_table(arms: Sequence[Arm]) -> str:
     """The table as aligned lines."""
-    return aligned([HEADER, *table_rows(arms)])
+    return aligned([table_header(arms), *table_rows(arms)])
 
 
 def markdown_table(arms: Sequence[Arm]) -> str:
     """The same as a Markdown table."""
-    rule = ["---"] + ["---:"] * (len(HEADER) - 1)
-    return "\n".join("| " + " | ".join(row) + " |" for row in (HEADER, rule, *table_rows(arms)))
+    header = table_header(arms)
+    rule = ["---"] + ["---:"] * (len(header) - 1)
+    return "\n".join("| " + " | ".join(row) + " |" for row in (header, rule, *table_rows(arms)))
 
 
 def print_table(arms: Sequence[Arm], sentences: Sequence[str], caveats: Sequence[str]) -> None:
@@ -70,7 +91,7 @@ def print_table(arms: Sequence[Arm], sentences: Sequence[str], caveats: Sequence
     if not console.is_terminal:
         print("\n".join([plain_table(arms), "", *sentences, *(f"Warning: {c}" for c in caveats)]))
         return
-    table = Table(*HEADER)
+    table = Table(*table_header(arms))
     for column in table.columns[1:]:
         column.justify = "right"
     for arm, row in zip(arms, table_rows(arms), strict=True):
@@ -82,14 +103,15 @@ def print_table(arms: Sequence[Arm], sentences: Sequence[str], caveats: Sequence
         console.print(f"Warning: {caveat}", style="yellow", markup=False, highlight=False)
 
 
-def _row(arm: Arm, control: Arm, teacher: Arm) -> list[str]:
+def _row(arm: Arm, control: Arm, teacher: Arm | None) -> list[str]:
     gains = paired_gains(arm, control) if arm.kind in ("method", "same_time") else []
     share = gap_closed(arm, control, teacher) if gains else None
+    gap = [NONE if share is None else f"{share:.0%}"]
     return [
         arm.title,
         *(_with_spread(arm.values(number)) for number in ("AP", "AP50", "AP75")),
         _gain(gains),
-        NONE if share is None else f"{share:.0%}",
+        *(gap if teacher is not None else []),
         _millions(arm.runs[0].parameters),
         NONE if arm.latency_ms is None else f"{arm.latency_ms:.1f}",
         NONE if arm.seconds is None else format_time(arm.seconds),
