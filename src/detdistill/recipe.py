@@ -51,7 +51,7 @@ class Recipe(BaseModel):
     methods: dict[str, Options] = {}
     arms: dict[str, dict[str, Options]] = {}  # of `compare`: each a name for a set of methods
 
-    # data: a COCO folder, or explicit files per split
+    # data: a COCO, YOLO or Pascal VOC folder, or explicit COCO files per split
     data: str | None = None
     train_images: str | None = None
     train_annotations: str | None = None
@@ -216,7 +216,8 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def _parse_yaml(text: str, where: str) -> Any:
+def parse_yaml(text: str, where: str) -> Any:
+    """Plain values from a YAML text; `where` names it in errors."""
     try:
         # A subclass of the safe loader, which builds plain values only.
         return yaml.load(text, Loader=_Loader)
@@ -234,7 +235,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
         raise UserError(f"{path}: cannot read the recipe: {error.strerror}") from None
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not a YAML file: {error}") from None
-    values = _parse_yaml(text, str(path))
+    values = parse_yaml(text, str(path))
     if values is None:
         return {}
     if not isinstance(values, dict):
@@ -249,7 +250,7 @@ def _set_value(values: dict[str, Any], assignment: str) -> Place:
     place = tuple(key.split("."))
     if not equals or not all(place):
         raise UserError(f"--set {assignment}: expected key=value, e.g. --set max_steps=1")
-    value = _parse_yaml(text, f"--set {assignment}")
+    value = parse_yaml(text, f"--set {assignment}")
     *parents, last = place
     inner = values
     for parent in parents:

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from detdistill.data import make_eval_batches, make_train_batches, open_dataset
-from detdistill.data.coco import DetectionDataset
+from detdistill.data.dataset import DetectionDataset
 from detdistill.errors import UserError
 from detdistill.recipe import Recipe
 from detdistill.structures import Batch

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from detdistill.data import open_dataset
-from detdistill.data.coco import DetectionDataset
+from detdistill.data.dataset import DetectionDataset
 from detdistill.errors import UserError
 from detdistill.recipe import Recipe
 from tests.data.coco_samples import coco_dict, rewrite

@@ -91,9 +91,9 @@ _recipes = _group("Work with the bundled recipes.")
 _recipes.command("copy")(using.copy_recipe)
 _recipes.callback()(lambda: None)  # keeps `copy` a command of its own although it is the only one
 app.add_typer(_recipes, name="recipe")
-_data = _group("Make data sets.")
+_data = _group("Make data sets, and convert them.")
 _data.command("builtin")(using.builtin_data)
-_data.callback()(lambda: None)
+_data.command("convert")(using.convert_data)
 app.add_typer(_data, name="data")
 
 

@@ -55,7 +55,7 @@ def analyze(
     values = checks.recipe_values(recipe)
     settings = resolve_recipe(values, recipe or "command line", given, assignments or [])
     if settings.data is None and getattr(settings, f"{split}_annotations") is None:
-        raise UserError("no data was given: add --data FOLDER, a COCO folder")
+        raise UserError("no data was given: add --data FOLDER with COCO, YOLO or Pascal VOC data")
     sentences = _analyze(teacher, student, settings, split, images, out)
     for sentence in sentences:
         typer.echo(sentence)

@@ -38,8 +38,8 @@ def training_recipe(
     settings = resolve_recipe(values, recipe or "command line", given, assignments or [])
     if settings.data is None and settings.train_annotations is None:
         raise UserError(
-            "no data was given: add --data FOLDER, a COCO folder with images/ and "
-            "annotations/train.json (`detdistill data builtin --out FOLDER` makes one)"
+            "no data was given: add --data FOLDER with COCO, YOLO or Pascal VOC data "
+            "(`detdistill data builtin --out FOLDER` makes one)"
         )
     return settings
 

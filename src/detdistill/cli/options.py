@@ -8,7 +8,8 @@ from typing import Annotated, Literal
 import typer
 
 Data = Annotated[
-    str | None, typer.Option("--data", metavar="FOLDER", help="COCO folder with its annotations.")
+    str | None,
+    typer.Option("--data", metavar="FOLDER", help="COCO, YOLO or Pascal VOC data."),
 ]
 Out = Annotated[Path, typer.Option("--out", metavar="RUN", help="Folder to write; new or empty.")]
 RecipeFile = Annotated[

@@ -52,7 +52,7 @@ def evaluate(
     values = checks.recipe_values(recipe)
     settings = resolve_recipe(values, recipe or "command line", given, assignments or [])
     if settings.data is None and getattr(settings, f"{split}_annotations") is None:
-        raise UserError("no data was given: add --data FOLDER, a COCO folder")
+        raise UserError("no data was given: add --data FOLDER with COCO, YOLO or Pascal VOC data")
     from detdistill.cli.tables import print_metrics
     from detdistill.data import open_dataset
     from detdistill.evaluation.run import evaluate_dataset
@@ -207,6 +207,42 @@ def builtin_data(
     typer.echo(f"{out}: {train} training, {val} validation and {test} test images")
     folder = shlex.quote(str(out))
     typer.echo(f"Next: detdistill train --detector gfl_r18 --data {folder} --out runs/gfl_r18")
+
+
+def convert_data(
+    data: Annotated[
+        str, typer.Option("--data", metavar="FOLDER", help="COCO, YOLO or Pascal VOC data.")
+    ],
+    out: Annotated[Path, typer.Option("--out", metavar="FOLDER", help="New folder to write.")],
+    strict: Strict = False,
+) -> None:
+    """Write the same data as a COCO folder; images are hard links, or copies."""
+    checks.check_folder(out)
+    from typing import get_args
+
+    from detdistill.data import open_dataset, require_same_classes, write_coco_folder
+    from detdistill.data.splits import Split as Name
+    from detdistill.data.splits import has_split
+    from detdistill.recipe import Recipe
+
+    recipe = Recipe(data=data, strict=strict)
+    names = [name for name in get_args(Name) if has_split(recipe, name)]
+    # Without any split the sentence about the first says what to do.
+    datasets = [open_dataset(recipe, name) for name in names or ["train"]]
+    for dataset in datasets:
+        require_same_classes(datasets[0], dataset)
+        show_faults(f"{dataset.source}", dataset.faults)
+    with _progress() as progress:
+        task = progress.add_task("images", total=None)
+        write_coco_folder(
+            out, datasets, progress=lambda done, of: progress.update(task, completed=done, total=of)
+        )
+    counts = ", ".join(f"{len(dataset)} {dataset.split}" for dataset in datasets)
+    typer.echo(f"{out}: {counts} images of {len(datasets[0].classes)} classes")
+    typer.echo(
+        f"Next: detdistill train --detector gfl_r18 --data {shlex.quote(str(out))} "
+        "--out runs/gfl_r18"
+    )
 
 
 def write_builtin_data(folder: Path, sizes: dict[str, int], seed: int) -> None:

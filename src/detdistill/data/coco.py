@@ -11,177 +11,57 @@ import json
 import math
 import os
 import reprlib
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from collections.abc import Container
+from functools import partial
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import TypeGuard
 
-import torch
-from torch import Tensor
-
-from detdistill.data.images import read_header, read_image
-from detdistill.data.splits import Split, find_split
+from detdistill.data.collector import Box, BoxCollector, ImageFile
+from detdistill.data.dataset import DetectionDataset, Json, MissingSplitError, SplitReader
+from detdistill.data.files import require_folder
 from detdistill.errors import UserError
-from detdistill.recipe import Recipe
 
-Json = dict[str, Any]
-Box = tuple[float, float, float, float]
-Row = tuple[Box, Box, int, bool, float]  # clipped xyxy, stated xywh, label, crowd, area
-
-TOLERANCE = 1.0
-"""Pixels that a box may poke out of its image before that counts as a fault."""
-
-_MIN_SIDE = 1e-3  # pixels; what is thinner has no area left in float32
-
-
-@dataclass(frozen=True)
-class ImageRecord:
-    """One image and its ground truth.
-
-    Attributes:
-        image_id: id in the annotation file.
-        path: the image file.
-        height: pixels, in the frame of the boxes (upright where EXIF turns the image).
-        width: pixels.
-        boxes_xyxy: (N, 4) float32 pixels, clipped to the image.
-        labels: (N,) int64, 0..K-1.
-        crowd: (N,) bool: regions that stand for many objects.
-        areas: (N,) float64 pixels, as the file states them, else those of the box.
-    """
-
-    image_id: int
-    path: Path
-    height: int
-    width: int
-    boxes_xyxy: Tensor
-    labels: Tensor
-    crowd: Tensor
-    areas: Tensor
+# (annotation file, image folder) below the data folder; {} is the split
+_LAYOUTS = (
+    ("annotations/{}.json", "images"),
+    ("annotations/instances_{}2017.json", "{}2017"),
+)
+_ADVICE = {
+    "train": "write one",
+    "val": "hold out some training images as val (10 % is usual), or set val_images and "
+    "val_annotations in the recipe",
+    "test": "`eval` measures another with --split val; or set test_images and test_annotations in "
+    "the recipe",
+}
 
 
-@dataclass(frozen=True)
-class DetectionDataset:
-    """A checked split.
-
-    Attributes:
-        records: one per image, in the order of the file.
-        classes: K names, by ascending category id.
-        category_ids: K ids, ascending; label i is `category_ids[i]`.
-        split: train, val or test.
-        source: the annotation file.
-        faults: what was dropped or corrected, each naming the image.
-        stated_xywh: (sum of N, 4) float64: all boxes as the file states them, for the evaluator.
-    """
-
-    records: list[ImageRecord]
-    classes: list[str]
-    category_ids: list[int]
-    split: str
-    source: Path
-    faults: list[str]
-    stated_xywh: Tensor
-
-    def __len__(self) -> int:
-        """The number of images."""
-        return len(self.records)
-
-    def read(self, index: int) -> Tensor:
-        """(3, h, w) uint8 RGB of one image, in the frame of its boxes."""
-        record = self.records[index]
-        image = read_image(record.path, (record.height, record.width))
-        if image.shape[1:] != (record.height, record.width):
-            raise UserError(
-                f"{record.path}: the image is {image.shape[2]}x{image.shape[1]} now and was "
-                f"{record.width}x{record.height} before; leave the data alone during a run"
-            )
-        return image
-
-    def ground_truth(self) -> Json:
-        """This split as a COCO dict, crowds included and faulty annotations left out."""
-        images: list[Json] = []
-        annotations: list[Json] = []
-        stated = iter(self.stated_xywh.tolist())
-        for record in self.records:
-            images.append(
-                {
-                    "id": record.image_id,
-                    "file_name": record.path.name,
-                    "height": record.height,
-                    "width": record.width,
-                }
-            )
-            rows = (record.labels.tolist(), record.areas.tolist(), record.crowd.tolist())
-            for label, area, crowd in zip(*rows, strict=True):
-                annotations.append(
-                    {
-                        "id": len(annotations) + 1,  # 0 means "unmatched" to COCO's evaluator
-                        "image_id": record.image_id,
-                        "category_id": self.category_ids[label],
-                        "bbox": next(stated),
-                        "area": area,
-                        "iscrowd": int(crowd),
-                    }
-                )
-        pairs = zip(self.category_ids, self.classes, strict=True)
-        categories = [{"id": number, "name": name} for number, name in pairs]
-        return {"images": images, "annotations": annotations, "categories": categories}
-
-    def fault_summary(self) -> str:
-        """One line about the faults; empty when there are none."""
-        if not self.faults:
-            return ""
-        shown = "; ".join(self.faults[:3])
-        more = f"; and {len(self.faults) - 3} more" if len(self.faults) > 3 else ""
-        noun = "fault" if len(self.faults) == 1 else "faults"
-        return f"{self.source}: {len(self.faults)} {noun}: {shown}{more}"
+def find_coco(root: Path, split: str) -> SplitReader | None:
+    """What reads a split of a COCO folder; None when the folder has no COCO annotations."""
+    for file, folder in _LAYOUTS:
+        source, images = root / file.format(split), root / folder.format(split)
+        if source.is_file():
+            require_folder(images, f"image folder of {source.name}")
+            return partial(read_coco, images, source, split)
+    if any((root / file.format(other)).is_file() for file, _ in _LAYOUTS for other in _ADVICE):
+        names = looked_for(split)
+        raise MissingSplitError(f"{root}: no {split} split, looked for {names}; {_ADVICE[split]}")
+    return None
 
 
-def require_same_classes(train: DetectionDataset, other: DetectionDataset) -> None:
-    """`UserError` when two splits differ in their classes."""
-    if other.classes != train.classes:
-        raise UserError(
-            f"{other.source}: classes {other.classes} differ from those of {train.source}: "
-            f"{train.classes}; all splits need the same categories"
-        )
+def looked_for(split: str) -> str:
+    """The annotation files that make a folder a COCO folder."""
+    return " or ".join(file.format(split) for file, _ in _LAYOUTS)
 
 
-def open_dataset(recipe: Recipe, split: Split) -> DetectionDataset:
-    """Reads and checks a split of the recipe's data.
-
-    Every image file is looked at, so that a missing or broken one stops the run before it starts:
-    of JPEG and PNG the header and the end (about 0.1 ms an image), other formats are decoded.
-    """
-    folder, source = find_split(recipe, split)
-    dataset = read_coco(folder, source, split)
-    if recipe.strict and dataset.faults:
-        raise UserError(f"{dataset.fault_summary()}; correct the file, or run without --strict")
-    if split == "train" and not any((~record.crowd).any() for record in dataset.records):
-        raise UserError(
-            f"{dataset.source}: no training image has a usable box; there is nothing to learn from"
-            + (f" ({dataset.fault_summary()})" if dataset.faults else "")
-        )
-    return dataset
-
-
-def read_coco(folder: Path, source: Path, split: Split) -> DetectionDataset:
+def read_coco(folder: Path, source: Path, split: str) -> DetectionDataset:
     """A checked data set from an image folder and a COCO annotation file."""
     data = load_json(source)
     categories = _categories(data, source)
-    faults: list[str] = []
-    sizes = _image_sizes(data, folder, source, faults)
-    reader = _AnnotationReader(source, {number: i for i, number in enumerate(categories)}, sizes)
+    boxes = BoxCollector(_images(data, folder, source))
+    reader = _AnnotationReader(source, {number: i for i, number in enumerate(categories)}, boxes)
     for annotation in data["annotations"]:
         reader.add(annotation)
-    records, stated = reader.records()
-    return DetectionDataset(
-        records,
-        list(categories.values()),
-        list(categories),
-        split,
-        source,
-        faults + reader.faults,
-        stated,
-    )
+    return boxes.dataset(list(categories.values()), list(categories), split, source)
 
 
 def load_json(source: Path) -> Json:
@@ -212,7 +92,7 @@ def _is_id(value: object) -> TypeGuard[int]:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def _unique_id(entry: object, kind: str, place: int, seen: dict[int, Any], source: Path) -> int:
+def _unique_id(entry: object, kind: str, place: int, seen: Container[int], source: Path) -> int:
     number = entry.get("id") if isinstance(entry, dict) else None
     if not _is_id(number):
         raise UserError(
@@ -261,43 +141,24 @@ def _stated_size(entry: Json) -> tuple[int, int] | None:
     return None
 
 
-@dataclass(frozen=True)
-class _Sized:
-    path: Path
-    height: int
-    width: int
-
-
-def _image_sizes(data: Json, folder: Path, source: Path, faults: list[str]) -> dict[int, _Sized]:
-    """Image id to path and size, from the files themselves."""
-    entries: dict[int, tuple[Path, tuple[int, int] | None]] = {}
+def _images(data: Json, folder: Path, source: Path) -> dict[int, ImageFile]:
+    """Image id to file."""
+    images: dict[int, ImageFile] = {}
     for place, entry in enumerate(data["images"]):
-        number = _unique_id(entry, "image", place, entries, source)
-        entries[number] = (_image_path(entry, number, folder, source), _stated_size(entry))
-    with ThreadPoolExecutor(8) as pool:
-        headers = list(pool.map(read_header, [path for path, _ in entries.values()]))
-    sizes: dict[int, _Sized] = {}
-    for (number, (path, stated)), header in zip(entries.items(), headers, strict=True):
-        height, width = header.frame(stated)
-        if stated is not None and stated != (height, width):
-            faults.append(
-                f"image {number}: the file says {stated[1]}x{stated[0]}, {path.name} is "
-                f"{width}x{height} (the image's own size is used)"
-            )
-        sizes[number] = _Sized(path, height, width)
-    return sizes
+        number = _unique_id(entry, "image", place, images, source)
+        path = _image_path(entry, number, folder, source)
+        images[number] = ImageFile(path, f"image {number}", _stated_size(entry))
+    return images
 
 
 class _AnnotationReader:
-    """Collects the usable annotations of every image and the faults of the others."""
+    """Files annotations under their images, and notes the faults of those that it cannot."""
 
-    def __init__(self, source: Path, labels: dict[int, int], sizes: dict[int, _Sized]) -> None:
+    def __init__(self, source: Path, labels: dict[int, int], boxes: BoxCollector) -> None:
         self.source = source
         self.labels = labels
-        self.sizes = sizes
-        self.faults: list[str] = []
-        self._seen: dict[int, None] = {}
-        self._rows: dict[int, list[Row]] = {n: [] for n in sizes}
+        self.boxes = boxes
+        self._seen: set[int] = set()
 
     def add(self, annotation: object) -> None:
         """Files one annotation under its image, or notes why not."""
@@ -313,66 +174,25 @@ class _AnnotationReader:
                     f"{self.source}: annotation id {number} occurs twice (again in image "
                     f"{image_id}); give every annotation its own id"
                 )
-            self._seen[number] = None
+            self._seen.add(number)
         where = f"image {image_id}, annotation {number}"
-        if not _is_id(image_id) or image_id not in self.sizes:
-            self.faults.append(f"{where}: no such image (dropped)")
+        if not _is_id(image_id) or image_id not in self.boxes:
+            self.boxes.faults.append(f"{where}: no such image (dropped)")
             return
         category = annotation.get("category_id")
         if not _is_id(category) or category not in self.labels:
-            self.faults.append(f"{where}: unknown category id {category!r} (dropped)")
+            self.boxes.faults.append(f"{where}: unknown category id {category!r} (dropped)")
             return
-        self._add_box(annotation, where, self.sizes[image_id], self._rows[image_id])
-
-    def _add_box(
-        self,
-        annotation: Json,
-        where: str,
-        size: _Sized,
-        rows: list[Row],
-    ) -> None:
-        stated = _box(annotation.get("bbox"))
-        if stated is None:
-            self.faults.append(
+        box_xywh = _box(annotation.get("bbox"))
+        if box_xywh is None:
+            self.boxes.faults.append(
                 f"{where}: box {reprlib.repr(annotation.get('bbox'))} is not four finite numbers "
                 "with a positive width and height (dropped)"
             )
             return
-        x, y, w, h = stated
-        corners = (max(x, 0.0), max(y, 0.0), min(x + w, size.width), min(y + h, size.height))
-        left, top, right, bottom = corners
-        if min(right - left, bottom - top) < _MIN_SIDE:
-            self.faults.append(
-                f"{where}: box {list(stated)} has no area inside its "
-                f"{size.width}x{size.height} image (dropped)"
-            )
-            return
-        if max(-x, -y, x + w - size.width, y + h - size.height) > TOLERANCE:
-            self.faults.append(
-                f"{where}: box {list(stated)} pokes out of its "
-                f"{size.width}x{size.height} image (clipped)"
-            )
-            stated = (left, top, right - left, bottom - top)
-        label = self.labels[annotation["category_id"]]
-        crowd = bool(annotation.get("iscrowd", 0))
-        rows.append((corners, stated, label, crowd, _area(annotation.get("area"), stated)))
-
-    def records(self) -> tuple[list[ImageRecord], Tensor]:
-        """The records in the order of the file, and all boxes as stated."""
-        rows = [row for image in self._rows.values() for row in image]
-        counts = [len(image) for image in self._rows.values()]
-        corners = torch.tensor([row[0] for row in rows], dtype=torch.float32).reshape(-1, 4)
-        stated = torch.tensor([row[1] for row in rows], dtype=torch.float64).reshape(-1, 4)
-        labels = torch.tensor([row[2] for row in rows], dtype=torch.int64)
-        crowd = torch.tensor([row[3] for row in rows], dtype=torch.bool)
-        areas = torch.tensor([row[4] for row in rows], dtype=torch.float64)
-        columns = [torch.split(column, counts) for column in (corners, labels, crowd, areas)]
-        pieces = zip(self.sizes.items(), *columns, strict=True)
-        records = [
-            ImageRecord(number, size.path, size.height, size.width, *tensors)
-            for (number, size), *tensors in pieces
-        ]
-        return records, stated
+        label, crowd = self.labels[category], bool(annotation.get("iscrowd", 0))
+        area = _area(annotation.get("area"))
+        self.boxes.add(image_id, where, box_xywh, label, crowd=crowd, area=area)
 
 
 def _box(value: object) -> Box | None:
@@ -390,7 +210,7 @@ def _box(value: object) -> Box | None:
     return x, y, w, h
 
 
-def _area(value: object, box_xywh: Box) -> float:
+def _area(value: object) -> float | None:
     if isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < math.inf:
         return float(value)
-    return box_xywh[2] * box_xywh[3]
+    return None

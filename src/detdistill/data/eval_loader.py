@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from detdistill.boxes import keep_ratio_size
 from detdistill.data import transforms
-from detdistill.data.coco import DetectionDataset
+from detdistill.data.dataset import DetectionDataset
 from detdistill.data.loader import Samples, load_batches
 from detdistill.recipe import Recipe
 from detdistill.structures import Batch

@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from detdistill.data import transforms
-from detdistill.data.coco import DetectionDataset
+from detdistill.data.dataset import DetectionDataset
 from detdistill.errors import UserError
 from detdistill.recipe import Recipe
 from detdistill.structures import Batch

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +14,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageFilter
 
 from detdistill.data import shapes
+from detdistill.data.files import new_folder
 from detdistill.errors import UserError
 
 VERSION = 1
@@ -75,19 +74,9 @@ def generate_dataset(
     """
     folder = Path(folder)
     info = _info(seed, {"train": train, "val": val, "test": test}, size)
-    unfinished = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
-    if _is_same(folder, info):
-        return folder
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UserError(f"{folder}: exists and holds something else; choose another folder")
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        _write(unfinished, info, progress or (lambda done, total: None))
-        unfinished.replace(folder)
-    except OSError as error:
-        raise UserError(f"{folder}: cannot write the data set: {error.strerror}") from None
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
+    if not _is_same(folder, info):
+        with new_folder(folder) as unfinished:
+            _write(unfinished, info, progress or (lambda done, total: None))
     return folder
 
 

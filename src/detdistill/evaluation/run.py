@@ -76,11 +76,11 @@ def evaluate(
     batch_size: int = 8,
     device: Device | None = None,
 ) -> dict[str, float]:
-    """The 12 COCO numbers of a detector on a COCO folder.
+    """The 12 COCO numbers of a detector on COCO, YOLO or Pascal VOC data.
 
     Args:
         detector: what `create_detector` or `load_detector` returned.
-        data: a COCO folder.
+        data: the folder, or the `data.yaml` of YOLO data.
         split: which annotations to use.
         resize_short: shorter side in pixels at which the detector runs; by default what the
             detector was trained at, or a recipe's default if it does not know.
