@@ -22,8 +22,10 @@ MAY_IMPORT = {
     "drawing": BASE,
     "study": BASE | {"detectors", "distill", "data", "evaluation", "engine", "drawing"},
     "analysis": BASE | {"detectors", "distill", "data", "evaluation", "engine", "drawing"},
+    "doctor": BASE | {"detectors", "distill", "data", "evaluation", "engine", "study"},
     "cli": BASE
-    | {"detectors", "distill", "data", "evaluation", "engine", "drawing", "study", "analysis"},
+    | {"detectors", "distill", "data", "evaluation", "engine", "drawing", "study", "analysis"}
+    | {"doctor"},
 }
 BASE_MAY_IMPORT = {
     "errors": set(),
