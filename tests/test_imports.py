@@ -23,9 +23,10 @@ MAY_IMPORT = {
     "drawing": BASE,
     "study": BASE | {"detectors", "distill", "data", "evaluation", "engine", "drawing"},
     "analysis": BASE | {"detectors", "distill", "data", "evaluation", "engine", "drawing"},
+    "doctor": BASE | {"detectors", "distill", "data", "evaluation", "engine", "study"},
     "cli": BASE
     | {"detectors", "distill", "data", "evaluation", "engine", "drawing", "study", "analysis"}
-    | {"export"},
+    | {"export", "doctor"},
 }
 BASE_MAY_IMPORT = {
     "errors": set(),

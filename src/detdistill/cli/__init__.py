@@ -13,7 +13,16 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
-from detdistill.cli import analysis, checks, export, studies, training, using, weights
+from detdistill.cli import (
+    analysis,
+    checks,
+    doctor,
+    export,
+    studies,
+    training,
+    using,
+    weights,
+)
 from detdistill.errors import UserError, UserNotice
 
 
@@ -77,6 +86,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command("demo")(studies.demo)
+app.command("doctor")(doctor.doctor)
 app.command("train")(training.train)
 app.command("distill")(training.distill)
 app.command("compare")(studies.compare)

@@ -55,19 +55,22 @@ def is_first_here() -> bool:
     return os.environ.get("LOCAL_RANK", "0") in ("", "0")
 
 
-def check_folder(out: Path) -> None:
-    """Refuses a folder that cannot be made or written; nothing is made here."""
+def check_folder(out: Path, option: str = "--out") -> None:
+    """Refuses a folder that cannot be made or written; nothing is made here.
+
+    `option` is what the user gave it by.
+    """
     place = out
     try:
         while not place.exists() and place != place.parent:
             place = place.parent
         writable = os.access(place, os.W_OK | os.X_OK)
     except OSError as error:
-        raise UserError(f"--out {out}: {error.strerror}; choose another --out") from None
+        raise UserError(f"{option} {out}: {error.strerror}; choose another {option}") from None
     if not place.is_dir():
-        raise UserError(f"--out {out}: {place} is a file, not a folder; choose another --out")
+        raise UserError(f"{option} {out}: {place} is a file, not a folder; choose another {option}")
     if not writable:
-        raise UserError(f"--out {out}: {place} cannot be written; choose another --out")
+        raise UserError(f"{option} {out}: {place} cannot be written; choose another {option}")
 
 
 def make_folder(folder: Path) -> None:
@@ -101,8 +104,8 @@ def check_student(settings: Recipe) -> None:
         raise UserError("no student was given: add --student NAME, e.g. --student gfl_r18")
 
 
-def check_teacher(teacher: str, student: str, out: Path) -> None:
-    """Refuses weights that are missing or that are the student's own.
+def check_weights(teacher: str, student: str) -> Path:
+    """Where a teacher's weights are; refuses missing ones, and the same as the student's.
 
     `teacher` is a run folder, a weights file, or `NAME=FILE` for weights of other frameworks.
     """
@@ -116,6 +119,12 @@ def check_teacher(teacher: str, student: str, out: Path) -> None:
             f"--teacher and --student are both {teacher}: the student is a detector's name, "
             "e.g. gfl_r18, which starts from scratch"
         )
+    return path
+
+
+def check_teacher(teacher: str, student: str, out: Path) -> None:
+    """Refuses what `check_weights` does, and a run in the teacher's own folder."""
+    path = check_weights(teacher, student)
     if out.exists() and (out.samefile(path) or out.samefile(path.parent)):
         raise UserError(f"--out {out} is the teacher's own folder: choose another --out")
 

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
+
+import torch
 
 from detdistill.boxes import keep_ratio_size
 from detdistill.data import transforms
@@ -10,6 +13,24 @@ from detdistill.data.dataset import DetectionDataset
 from detdistill.data.loader import Samples, load_batches
 from detdistill.recipe import Recipe
 from detdistill.structures import Batch
+
+
+def spread(count: int, most: int | None) -> list[int]:
+    """At most so many of `count` places, evenly spread and ascending; None takes all."""
+    kept = count if most is None else min(most, count)
+    return [i * count // kept for i in range(kept)]
+
+
+def spread_subset(dataset: DetectionDataset, most: int) -> DetectionDataset:
+    """A split of at most so many of its images, evenly spread, with all that belongs to them."""
+    kept = spread(len(dataset), most)
+    counts = [len(record.labels) for record in dataset.records]
+    stated = torch.split(dataset.stated_xywh, counts)
+    return replace(
+        dataset,
+        records=[dataset.records[index] for index in kept],
+        stated_xywh=torch.cat([stated[index] for index in kept]),
+    )
 
 
 class EvalBatches:
@@ -20,9 +41,7 @@ class EvalBatches:
         self._recipe = recipe
         short, long = transforms.eval_size(recipe)
         sizes = [keep_ratio_size((r.height, r.width), short, long) for r in dataset.records]
-        count = len(sizes) if most is None else min(most, len(sizes))
-        spread = [i * len(sizes) // count for i in range(count)]
-        order = sorted(spread, key=lambda index: (sizes[index], index))
+        order = sorted(spread(len(sizes), most), key=lambda index: (sizes[index], index))
         step = recipe.eval_batch
         self._indices = [order[i : i + step] for i in range(0, len(order), step)]
         self._samples = _EvalSamples(dataset, sizes)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -30,15 +31,21 @@ def build(recipe: Recipe) -> Parts:
     train, val = open_dataset(recipe, "train"), open_dataset(recipe, "val")
     require_same_classes(train, val)
     # The student comes first, so that a seed gives equal students with and without a teacher.
-    torch.manual_seed(recipe.seed)
-    student = create_detector(recipe.student, len(train.classes), **recipe.student_options)
-    student.classes = list(train.classes)
-    student.input_size = eval_size(recipe)
+    student = new_student(recipe, train.classes)
     methods = {name: create_method(name, **options) for name, options in recipe.methods.items()}
     taken = any(method.takes_teacher for method in methods.values())
     teacher = load_teacher(recipe) if taken else None
     distiller = Distiller(student, teacher, methods)
     return Parts(train, val, distiller, recipe.teacher if taken else None)
+
+
+def new_student(recipe: Recipe, classes: Sequence[str]) -> FPNDetector:
+    """The recipe's student as a run starts it; its weights follow from the seed."""
+    torch.manual_seed(recipe.seed)
+    student = create_detector(recipe.student, len(classes), **recipe.student_options)
+    student.classes = list(classes)
+    student.input_size = eval_size(recipe)
+    return student
 
 
 def load_teacher(recipe: Recipe) -> FPNDetector | None:

@@ -35,8 +35,8 @@ class HalfPrecision(_KeepInputs, MixedPrecision):
     """Autocast, with loss scaling for float16."""
 
 
-def launch(recipe: Recipe) -> Fabric:
-    """Starts the processes of a recipe and sets determinism.
+def pick_device(recipe: Recipe) -> str:
+    """What the recipe runs on: "cuda" or "cpu".
 
     Raises:
         UserError: for a device or a precision that this machine lacks.
@@ -51,6 +51,16 @@ def launch(recipe: Recipe) -> Fabric:
         )
     if recipe.precision == "fp16" and device == "cpu":
         raise UserError("recipe: precision fp16 needs a CUDA device; use bf16 or fp32 on the CPU")
+    return device
+
+
+def launch(recipe: Recipe) -> Fabric:
+    """Starts the processes of a recipe and sets determinism.
+
+    Raises:
+        UserError: as `pick_device`.
+    """
+    device = pick_device(recipe)
     plugin: Precision = FullPrecision()
     if recipe.precision == "bf16":
         plugin = HalfPrecision("bf16-mixed", device)

@@ -21,6 +21,12 @@ def make_optimizer(parameters: Iterable[nn.Parameter], recipe: Recipe) -> torch.
     )
 
 
+def run_length(recipe: Recipe, batches_per_epoch: int) -> tuple[int, int]:
+    """Optimisation steps of an epoch, and of the whole run."""
+    steps_per_epoch = max(1, batches_per_epoch // recipe.accumulate)
+    return steps_per_epoch, recipe.max_steps or recipe.epochs * steps_per_epoch
+
+
 def learning_rate(recipe: Recipe, step: int, total_steps: int, steps_per_epoch: int) -> float:
     """The rate of a step (0-based): linear in the batch, linear warm-up, then the schedule.
 

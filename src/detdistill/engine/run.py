@@ -16,7 +16,7 @@ from detdistill.distill import Distiller, Method
 from detdistill.engine.build import Parts
 from detdistill.engine.checkpoint import load_checkpoint, save_checkpoint, write_json, write_text
 from detdistill.engine.log import MetricsFile, RunDisplay, TermWindow
-from detdistill.engine.optim import make_optimizer
+from detdistill.engine.optim import make_optimizer, run_length
 from detdistill.errors import UserError
 from detdistill.evaluation.run import evaluate_dataset, knows_classes
 from detdistill.recipe import Recipe
@@ -54,8 +54,7 @@ class Run:
         self.module, self.optimizer = fabric.setup(self.distiller, optimizer)
         self.distiller.to(fabric.device)  # the teacher, which Fabric does not see
         self.batches = batches
-        self.steps_per_epoch = max(1, len(batches) // recipe.accumulate)
-        self.total_steps = recipe.max_steps or recipe.epochs * self.steps_per_epoch
+        self.steps_per_epoch, self.total_steps = run_length(recipe, len(batches))
         self.step, self.seconds = 0, 0.0
         self.best_ap, self.val_ap, self.teacher_ap = -1.0, -1.0, -1.0  # -1: not known
         torch.manual_seed(recipe.seed + 1 + fabric.global_rank)

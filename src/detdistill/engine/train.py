@@ -90,19 +90,21 @@ def _optimize(run: Run, batches: Iterator[Batch]) -> float:
 
 def _backward(run: Run, batch: Batch, last: bool) -> None:
     """Forward, guards, backward of one micro batch."""
-    batch = batch.to(run.fabric.device)
-    if run.recipe.channels_last:
-        batch = Batch(
-            batch.images.contiguous(memory_format=torch.channels_last),
-            batch.sizes,
-            batch.targets,
-            batch.image_ids,
-        )
+    batch = place(batch, run.recipe, run.fabric.device)
     run.distiller.iteration = run.step
     with run.fabric.no_backward_sync(run.module, enabled=not last):
         terms: dict[str, torch.Tensor] = run.module(batch)
         _watch(run, terms, batch.image_ids)
         run.fabric.backward(torch.stack(list(terms.values())).sum() / run.recipe.accumulate)
+
+
+def place(batch: Batch, recipe: Recipe, device: torch.device) -> Batch:
+    """The batch where the recipe wants it and as it wants it in memory."""
+    batch = batch.to(device)
+    if not recipe.channels_last:
+        return batch
+    images = batch.images.contiguous(memory_format=torch.channels_last)
+    return Batch(images, batch.sizes, batch.targets, batch.image_ids)
 
 
 def _watch(run: Run, terms: dict[str, torch.Tensor], image_ids: Sequence[int]) -> None:
