@@ -8,9 +8,9 @@ says `strict`.
 from __future__ import annotations
 
 import json
-import math
 import os
 import reprlib
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -322,6 +322,10 @@ class _AnnotationReader:
         if not _is_id(category) or category not in self.labels:
             self.faults.append(f"{where}: unknown category id {category!r} (dropped)")
             return
+        crowd = annotation.get("iscrowd")
+        if crowd not in (None, 0, 1):
+            self.faults.append(f"{where}: iscrowd is {reprlib.repr(crowd)}, not 0 or 1 (dropped)")
+            return
         self._add_box(annotation, where, self.sizes[image_id], self._rows[image_id])
 
     def _add_box(
@@ -354,7 +358,7 @@ class _AnnotationReader:
             )
             stated = (left, top, right - left, bottom - top)
         label = self.labels[annotation["category_id"]]
-        crowd = bool(annotation.get("iscrowd", 0))
+        crowd = bool(annotation.get("iscrowd"))
         rows.append((corners, stated, label, crowd, _area(annotation.get("area"), stated)))
 
     def records(self) -> tuple[list[ImageRecord], Tensor]:
@@ -377,20 +381,18 @@ class _AnnotationReader:
 
 def _box(value: object) -> Box | None:
     """Four finite numbers, x, y, w, h with w, h > 0; None for anything else."""
-    if not isinstance(value, list) or len(value) != 4:
+    if not isinstance(value, list) or len(value) != 4 or not all(map(_is_number, value)):
         return None
-    if not all(isinstance(side, int | float) and not isinstance(side, bool) for side in value):
-        return None
-    try:
-        x, y, w, h = (float(side) for side in value)
-    except OverflowError:
-        return None
-    if not all(math.isfinite(side) for side in (x, y, w, h)) or w <= 0 or h <= 0:
-        return None
-    return x, y, w, h
+    x, y, w, h = map(float, value)
+    return (x, y, w, h) if w > 0 and h > 0 else None
 
 
 def _area(value: object, box_xywh: Box) -> float:
-    if isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < math.inf:
-        return float(value)
-    return box_xywh[2] * box_xywh[3]
+    """As the file states it, else that of the box."""
+    return float(value) if _is_number(value) and value > 0 else box_xywh[2] * box_xywh[3]
+
+
+def _is_number(value: object) -> TypeGuard[float]:
+    """Finite also as a float, which JSON's integers need not be."""
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    return number and abs(value) < sys.float_info.max  # type: ignore[arg-type]
