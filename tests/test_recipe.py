@@ -32,6 +32,9 @@ from detdistill.recipe import read_yaml, resolve_recipe, split_teacher, validate
         ({"resize_long": 10**9}, "resize_long"),
         ({"scale_jitter": [1e-4, 1]}, r"scale_jitter \[0.0001, 1.0\] makes sides of 0 to 544"),
         ({"scale_jitter": [0.5, 1e6]}, r"scale_jitter .* makes sides of 160 to 544000000"),
+        ({"student_options": {"num_classes": 3}}, "student_options: 'num_classes' is no option"),
+        ({"methods": {"crosskd": {"name": "a"}}}, r"methods\.crosskd: 'name' is no option"),
+        ({"Bach_Size": 3}, "unknown key 'Bach_Size'; did you mean 'batch_size'"),
         ({"bach_size": 3}, "unknown key 'bach_size'; did you mean 'batch_size'"),
     ],
 )

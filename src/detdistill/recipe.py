@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -27,6 +28,12 @@ def _no_bool(value: Any) -> Any:
     return value
 
 
+def _no_argument(options: dict[str, Any]) -> dict[str, Any]:
+    for key in options.keys() & {"name", "num_classes", "path", "strict"}:
+        raise ValueError(f"{key!r} is no option: the data and other settings say it; leave it out")
+    return options
+
+
 # Texts are taken where they are numbers: YAML reads 1e-3 as a text.
 Whole = Annotated[int, BeforeValidator(_no_bool)]
 Number = Annotated[float, BeforeValidator(_no_bool)]
@@ -36,7 +43,8 @@ SMALLEST, LARGEST = 8, 16384  # sides of a resized image; 1x1 is more than torch
 Pixels = Annotated[Whole, Field(ge=SMALLEST, le=LARGEST)]
 Strength = Annotated[Number, Field(le=1e6)]  # beyond it, float32 overflows within a step
 Fraction = Annotated[Number, Field(ge=0, le=1)]
-Options = dict[str, Any]
+Options = Annotated[dict[str, Any], AfterValidator(_no_argument)]
+"""Keywords of a detector or a method, which come beside the arguments of the function called."""
 ARM_NAME = r"[A-Za-z0-9_+-]+"  # a folder, too
 OTHER_ARMS = ("teacher", "student", "student_same_time")
 Place = tuple[str, ...]  # of a setting: ("student_options", "fpn_channels")

@@ -31,6 +31,7 @@ from detdistill.detectors.torchvision_models import (
 )
 from detdistill.detectors.view_base import TorchvisionView
 from detdistill.errors import UserError, UserNotice
+from detdistill.recipe import Options
 
 FORMAT = 1
 
@@ -40,7 +41,7 @@ class Facts(BaseModel):
 
     format: Literal[1]
     detector: str
-    options: dict[str, Any]
+    options: Options
     num_classes: Annotated[int, Field(ge=1)]
     classes: list[str] | None = None
     pixel_mean: Annotated[list[float], Field(min_length=3, max_length=3)]
