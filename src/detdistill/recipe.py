@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -27,12 +28,23 @@ def _no_bool(value: Any) -> Any:
     return value
 
 
+def _no_argument(options: dict[str, Any]) -> dict[str, Any]:
+    for key in options.keys() & {"name", "num_classes", "path", "strict"}:
+        raise ValueError(f"{key!r} is no option: the data and other settings say it; leave it out")
+    return options
+
+
 # Texts are taken where they are numbers: YAML reads 1e-3 as a text.
 Whole = Annotated[int, BeforeValidator(_no_bool)]
 Number = Annotated[float, BeforeValidator(_no_bool)]
 Positive = Annotated[Whole, Field(ge=1)]
+BatchSize = Annotated[Positive, Field(le=65536)]  # beyond it, lists of its images fill the memory
+SMALLEST, LARGEST = 8, 16384  # sides of a resized image; 1x1 is more than torch can resize to
+Pixels = Annotated[Whole, Field(ge=SMALLEST, le=LARGEST)]
+Strength = Annotated[Number, Field(le=1e6)]  # beyond it, float32 overflows within a step
 Fraction = Annotated[Number, Field(ge=0, le=1)]
-Options = dict[str, Any]
+Options = Annotated[dict[str, Any], AfterValidator(_no_argument)]
+"""Keywords of a detector or a method, which come beside the arguments of the function called."""
 ARM_NAME = r"[A-Za-z0-9_+-]+"  # a folder, too
 OTHER_ARMS = ("teacher", "student", "student_same_time")
 Place = tuple[str, ...]  # of a setting: ("student_options", "fpn_channels")
@@ -60,24 +72,24 @@ class Recipe(BaseModel):
     test_images: str | None = None
     test_annotations: str | None = None
     strict: bool = False
-    resize_short: list[Positive] = Field([320], min_length=1)  # one size, a range or choices
-    resize_long: Positive = 544
+    resize_short: list[Pixels] = Field([320], min_length=1)  # one size, a range or choices
+    resize_long: Pixels = 544
     resize_mode: Literal["range", "choice"] = "choice"
     flip: Fraction = 0.5
     scale_jitter: Annotated[list[Number], Field(min_length=2, max_length=2)] | None = None
     crop: bool = False  # after scale jitter: to resize_short x resize_long
     color_jitter: Fraction = 0.0
-    batch_size: Positive = 8  # over all processes
-    workers: Annotated[Whole, Field(ge=0)] = 2
+    batch_size: BatchSize = 8  # over all processes
+    workers: Annotated[Whole, Field(ge=0, le=512)] = 2
     cache: Literal["auto", "memory", "none"] = "auto"
     group_by_aspect: bool = True
 
     # optimisation
     optimizer: Literal["sgd", "adamw"] = "sgd"
-    lr: Annotated[Number, Field(gt=0)] = 0.02
+    lr: Annotated[Strength, Field(gt=0)] = 0.02
     base_batch: Positive = 8  # lr is scaled by batch_size / base_batch
     momentum: Fraction = 0.9
-    weight_decay: Annotated[Number, Field(ge=0)] = 1e-4
+    weight_decay: Annotated[Strength, Field(ge=0)] = 1e-4
     epochs: Positive = 24
     max_steps: Positive | None = None
     warmup_steps: Annotated[Whole, Field(ge=0)] = 200
@@ -98,7 +110,7 @@ class Recipe(BaseModel):
     log_every: Positive = 10
     eval_every: Positive = 1  # epochs
     checkpoint_every: Positive = 100  # steps
-    eval_batch: Positive = 8
+    eval_batch: BatchSize = 8
 
     @model_validator(mode="after")
     def _consistent(self) -> Recipe:
@@ -113,6 +125,13 @@ class Recipe(BaseModel):
             raise ValueError("resize_mode 'range' needs two sizes, resize_short: [640, 800]")
         if self.scale_jitter is not None and not 0 < self.scale_jitter[0] <= self.scale_jitter[1]:
             raise ValueError("scale_jitter needs two factors, low then high, e.g. [0.5, 2.0]")
+        low, high = self.scale_jitter or (1, 1)
+        sides = (low * min(*self.resize_short, self.resize_long), high * self.resize_long)
+        if sides[0] < SMALLEST or sides[1] > LARGEST:
+            raise ValueError(
+                f"scale_jitter {[low, high]} makes sides of {sides[0]:.0f} to {sides[1]:.0f} "
+                f"pixels; expected {SMALLEST} to {LARGEST}"
+            )
         for arm, methods in self.arms.items():
             if not re.fullmatch(ARM_NAME, arm) or arm in OTHER_ARMS or not methods:
                 raise ValueError(

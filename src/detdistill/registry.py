@@ -9,21 +9,26 @@ from collections.abc import Callable, Iterable
 from fnmatch import fnmatch
 from typing import Annotated, Any, Generic, TypeVar, get_type_hints
 
-from annotated_types import Ge
+from annotated_types import Ge, Le
 
 from detdistill.errors import UserError
 
 T = TypeVar("T")
 AtLeastOne = Annotated[int, Ge(1)]
-"""A count or a width."""
+"""A count."""
+Width = Annotated[int, Ge(1), Le(8192)]
+"""Channels or bins; with more of them a network does not fit into any memory."""
+Depth = Annotated[int, Ge(0), Le(64)]
+"""Blocks, one after the other."""
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
     """`"did you mean X?"` when a known name is close, else the list of known names."""
     known = sorted(known)
-    close = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+    lowered = {entry.lower(): entry for entry in known}
+    close = difflib.get_close_matches(name.lower(), lowered, n=1, cutoff=0.6)
     if close:
-        return f"did you mean {close[0]!r}?"
+        return f"did you mean {lowered[close[0]]!r}?"
     return f"known: {', '.join(known)}"
 
 

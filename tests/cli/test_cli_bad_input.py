@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import pickle
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -59,6 +60,7 @@ def refused(run: Run, arguments: list[str], *fragments: str) -> str:
         ([*DISTILL, "--out", "my_coco/annotations/val.json/run"], ["val.json is a file"]),
         ([*TRAIN, "--set", "student_options.base_chanels=8"], ["base_channels"]),
         ([*TRAIN, "--set", "methods.crosskd={}"], ["detdistill distill"]),
+        ([*TRAIN, "--set", "teacher=runs/teacher"], ["detdistill distill"]),
         ([*TRAIN, "--recipe", "missing.yaml"], ["missing.yaml"]),
         ([*TRAIN, "--recipe", "deeppbc"], ["'deeppbc'", "'deeppcb'"]),
         (["distill", "--student", "gfl_r18", "--data", "d", "--out", "run"], ["--teacher"]),
@@ -202,15 +204,47 @@ def test_a_pickle_with_code_does_not_run(run: Run, my_coco: Path) -> None:
 
 
 def test_teacher_as_student(run: Run, my_coco: Path) -> None:
-    Path("teacher.safetensors").write_bytes(b"")
+    Path("teacher.safetensors").write_bytes(b"one")
     both = [*DISTILL, "--student", "./teacher.safetensors"]
     refused(run, both, "--teacher and --student are both")
+    Path("teacher").mkdir()
+    Path("teacher/model.safetensors").write_bytes(b"one")
+    for same in ("teacher", "teacher/model.safetensors"):
+        refused(run, [*DISTILL, "--student", same], "--teacher and --student are both")
+    Path("teacher/model.safetensors").write_bytes(b"two")
+    refused(run, [*DISTILL, "--student", "teacher"], "--student teacher: the student is a detector")
 
 
-@pytest.mark.parametrize("same", ["./t.safetensors", "copy/../t.safetensors"])
+def test_a_run_may_be_called_as_its_detector(run: Run, my_coco: Path) -> None:
+    Path("gfl_r18").mkdir()
+    refused(run, [*DISTILL, "--teacher", "gfl_r18"], "gfl_r18: no model.safetensors in this folder")
+
+
+@pytest.mark.parametrize(
+    ("text", "field"),
+    [
+        ("methods: crosskd", "methods"),
+        ("methods: {crosskd: 3}", "methods.crosskd"),
+        ("arms: 3", "arms"),
+        ("arms: {deep: [crosskd]}", "arms.deep"),
+        ("student_options: 3", "student_options"),
+        ("teacher_options: []", "teacher_options"),
+    ],
+)
+@pytest.mark.parametrize("command", [TRAIN, DISTILL, COMPARE], ids=lambda command: command[0])
+def test_groups_of_a_recipe(
+    command: list[str], text: str, field: str, run: Run, my_coco: Path
+) -> None:
+    Path("teacher.safetensors").write_bytes(b"")
+    Path("mine.yaml").write_text(text)
+    refused(run, [*command, "--recipe", "mine.yaml"], f"mine.yaml: {field}: Input should be a")
+
+
+@pytest.mark.parametrize("same", ["./t.safetensors", "copy/../t.safetensors", "a_copy.safetensors"])
 def test_analyze_needs_two_models(same: str, run: Run, my_coco: Path) -> None:
     Path("copy").mkdir()
     save_foreign(Path("t.safetensors"))
+    shutil.copy("t.safetensors", "a_copy.safetensors")
     refused(run, [*ANALYZE, "--student", same], "--teacher and --student are both")
 
 
@@ -225,7 +259,7 @@ def test_analyze_needs_equal_classes_and_a_split(run: Run, my_coco: Path) -> Non
     save_foreign(Path("t.safetensors"))
     save_foreign(Path("s.safetensors"), 9)
     refused(run, [*ANALYZE], "10 classes, the student gfl_r18 9")
-    save_foreign(Path("s.safetensors"))
+    save_foreign(Path("s.safetensors"), seed=1)
     (my_coco / "annotations/val.json").unlink()
     refused(run, [*ANALYZE], "no val split", "annotations/val.json")
     no_data = [argument for argument in ANALYZE if argument not in ("--data", "my_coco")]

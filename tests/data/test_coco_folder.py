@@ -63,6 +63,8 @@ def test_ground_truth_is_the_file(write_folder):
         ({"category_id": 8}, "category id 8", 1),
         ({"category_id": None}, "category id None", 1),
         ({"image_id": 12}, "no such image", 1),
+        ({"iscrowd": "0"}, "iscrowd is '0', not 0 or 1", 1),
+        ({"iscrowd": math.nan}, "iscrowd is nan, not 0 or 1", 1),
     ],
 )
 def test_faulty_annotations_are_named_and_strict_stops(write_folder, change, word, boxes_left):
@@ -77,6 +79,13 @@ def test_faulty_annotations_are_named_and_strict_stops(write_folder, change, wor
     assert len(dataset.ground_truth()["annotations"]) == boxes_left + 2
     with pytest.raises(UserError, match=r"train\.json.*image 1"):
         opened(folder, data, strict=True)
+
+
+@pytest.mark.parametrize("area", [10**400, math.nan, math.inf, -1, 0, "big", None, True])
+def test_an_unusable_area_is_that_of_the_box(write_folder, area):
+    data = coco_dict()
+    data["annotations"][0]["area"] = area
+    assert opened(write_folder(), data).records[0].areas.tolist() == [80, 240]
 
 
 def test_boxes_are_clipped_and_a_pixel_is_forgiven(write_folder):

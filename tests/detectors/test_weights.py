@@ -34,7 +34,7 @@ def test_code_in_a_pickle_does_not_run(tmp_path):
     with pytest.raises(UserError, match="could run code"):
         load_detector("gfl_r18", file)
     file.write_bytes(pickle.dumps(Evil(mark)))
-    with pytest.raises(UserError):
+    with pytest.raises(UserError, match=r"UnpicklingError: Unsupported operand 149\)"):
         load_detector("gfl_r18", file)
     assert not mark.exists()
 
@@ -81,9 +81,15 @@ def test_broken_facts(saved):
         ("num_classes", 0),
         ("pixel_mean", [1, 2]),
         ("pixel_std", [0, 1, 1]),
+        ("pixel_mean", [float("nan"), 1, 1]),
+        ("pixel_std", [float("inf"), 1, 1]),
+        ("classes", ["cat", "dog"]),  # of three
+        ("classes", ["cat", "dog", "cat"]),
         ("input_size", [0, 0]),
+        ("input_size", [10**6, 10**6]),
         ("detector", "gfl_r81"),
         ("options", {"fpn_chanels": 3}),
+        ("options", {"num_classes": 3}),
     ],
 )
 def test_impossible_facts_name_the_file(saved, key, value):
@@ -101,6 +107,25 @@ def test_published_files_are_readable_by_others(saved):
 def test_what_is_no_checkpoint_at_all(tmp_path, content):
     (tmp_path / "weights.pth").write_bytes(content)
     with pytest.raises(UserError, match="not a readable weights file"):
+        load_detector("gfl_r18", tmp_path / "weights.pth")
+
+
+def test_weights_that_exploded(saved):
+    detector = narrow()
+    detector.scales[0].scale.data.fill_(float("nan"))
+    save_detector(detector, saved)
+    with pytest.raises(UserError, match=r"model\.safetensors: scales\.0\.scale is not finite"):
+        load_detector(saved)
+
+
+def test_the_facts_are_not_the_weights(saved):
+    with pytest.raises(UserError, match=r"model\.json: not the weights"):
+        load_detector(saved.with_suffix(".json"))
+
+
+def test_an_empty_table(tmp_path):
+    torch.save({}, tmp_path / "weights.pth")
+    with pytest.raises(UserError, match="table of tensors is empty"):
         load_detector("gfl_r18", tmp_path / "weights.pth")
 
 
@@ -207,8 +232,10 @@ def test_files_without_batch_norm_counters_load(tmp_path):
         ("gfl_r18", {"fpn_chanels": 64}, "did you mean 'fpn_channels'"),
         ("gfl_r18", {"fpn_channels": "wide"}, "option fpn_channels"),
         ("gfl_r18", {"fpn_extra": "c4"}, "option fpn_extra"),
-        ("gfl_r18", {"tower_depth": -1}, "from 0 on"),
+        ("gfl_r18", {"tower_depth": -1}, "option tower_depth"),
         ("gfl_r18", {"fpn_channels": 0}, "option fpn_channels"),
+        ("gfl_r18", {"fpn_channels": 10**9}, "option fpn_channels"),
+        ("gfl_r18", {"tower_depth": 10**9}, "option tower_depth"),
         ("gfl_r18", {"reg_max": 0}, "option reg_max"),
         ("gfl_r18", {"reduce": "foo"}, "option reduce"),
         ("gfl_r18", {"frozen_stages": 9}, "option frozen_stages"),

@@ -72,17 +72,12 @@ def _check_models(teacher: str | None, student: str | None) -> tuple[str, str]:
     for role, given in (("teacher", teacher), ("student", student)):
         if not split_teacher(given)[1].exists():
             raise UserError(f"--{role} {given}: no such run folder or weights file")
-    files = [_weights(split_teacher(given)[1]) for given in (teacher, student)]
-    if all(file.exists() for file in files) and files[0].samefile(files[1]):
+    if checks.same_weights(*(split_teacher(given)[1] for given in (teacher, student))):
         raise UserError(
-            f"--teacher and --student are both {files[0]}: a model agrees with itself; give the "
+            f"--teacher and --student are both {teacher}: a model agrees with itself; give the "
             f"student that was, or would be, taught by the teacher"
         )
     return teacher, student
-
-
-def _weights(path: Path) -> Path:
-    return path / "model.safetensors" if path.is_dir() else path
 
 
 def _analyze(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import filecmp
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
 
 def recipe_values(recipe: str | None) -> dict[str, Any]:
     """The plain values of a recipe file or of a bundled recipe; empty without one."""
-    from detdistill.recipe import read_yaml
+    from detdistill.recipe import read_yaml, validate_recipe
     from detdistill.recipes import recipe_path
 
     if recipe is None:
@@ -23,7 +24,11 @@ def recipe_values(recipe: str | None) -> dict[str, Any]:
     path = Path(recipe)
     if not path.is_file() and path.suffix not in (".yaml", ".yml"):
         path = recipe_path(recipe)
-    return read_yaml(path)
+    values = read_yaml(path)
+    # Commands look into these groups before they know the other settings.
+    groups = ("student_options", "teacher_options", "methods", "arms")
+    validate_recipe({key: values[key] for key in groups if key in values}, recipe)
+    return values
 
 
 def training_recipe(
@@ -114,10 +119,11 @@ def check_weights(teacher: str, student: str) -> Path:
     path = split_teacher(teacher)[1]
     if not path.exists():
         raise UserError(_missing_teacher(teacher))
-    if Path(student).exists() and path.samefile(student):
+    if Path(student).exists() and not is_detector(student):
+        both = same_weights(path, Path(student))
+        found = f"--teacher and --student are both {teacher}" if both else f"--student {student}"
         raise UserError(
-            f"--teacher and --student are both {teacher}: the student is a detector's name, "
-            "e.g. gfl_r18, which starts from scratch"
+            f"{found}: the student is a detector's name, e.g. gfl_r18, which starts from scratch"
         )
     return path
 
@@ -127,6 +133,12 @@ def check_teacher(teacher: str, student: str, out: Path) -> None:
     path = check_weights(teacher, student)
     if out.exists() and (out.samefile(path) or out.samefile(path.parent)):
         raise UserError(f"--out {out} is the teacher's own folder: choose another --out")
+
+
+def same_weights(one: Path, two: Path) -> bool:
+    """Whether two run folders or weights files hold the same weights, perhaps as a copy."""
+    one, two = (path / "model.safetensors" if path.is_dir() else path for path in (one, two))
+    return one.is_file() and two.is_file() and filecmp.cmp(one, two, shallow=False)
 
 
 def _missing_teacher(teacher: str) -> str:

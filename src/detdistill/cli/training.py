@@ -51,7 +51,7 @@ def train(
     given = {"data": data, "devices": devices, "nodes": nodes, "seed": seed}
     given["strict"] = strict or None
     settings = checks.training_recipe(_alone(values, name), recipe, given, assignments)
-    if settings.methods:
+    if settings.methods or settings.teacher:
         raise UserError("`train` has no teacher; use `detdistill distill` for methods")
     _run(settings, out, resume)
     _say_next(

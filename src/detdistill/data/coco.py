@@ -8,9 +8,9 @@ says `strict`.
 from __future__ import annotations
 
 import json
-import math
 import os
 import reprlib
+import sys
 from collections.abc import Container
 from functools import partial
 from pathlib import Path
@@ -183,6 +183,12 @@ class _AnnotationReader:
         if not _is_id(category) or category not in self.labels:
             self.boxes.faults.append(f"{where}: unknown category id {category!r} (dropped)")
             return
+        crowd = annotation.get("iscrowd")
+        if crowd not in (None, 0, 1):
+            self.boxes.faults.append(
+                f"{where}: iscrowd is {reprlib.repr(crowd)}, not 0 or 1 (dropped)"
+            )
+            return
         box_xywh = _box(annotation.get("bbox"))
         if box_xywh is None:
             self.boxes.faults.append(
@@ -190,27 +196,23 @@ class _AnnotationReader:
                 "with a positive width and height (dropped)"
             )
             return
-        label, crowd = self.labels[category], bool(annotation.get("iscrowd", 0))
-        area = _area(annotation.get("area"))
-        self.boxes.add(image_id, where, box_xywh, label, crowd=crowd, area=area)
+        label, area = self.labels[category], _area(annotation.get("area"))
+        self.boxes.add(image_id, where, box_xywh, label, crowd=bool(crowd), area=area)
 
 
 def _box(value: object) -> Box | None:
     """Four finite numbers, x, y, w, h with w, h > 0; None for anything else."""
-    if not isinstance(value, list) or len(value) != 4:
+    if not isinstance(value, list) or len(value) != 4 or not all(map(_is_number, value)):
         return None
-    if not all(isinstance(side, int | float) and not isinstance(side, bool) for side in value):
-        return None
-    try:
-        x, y, w, h = (float(side) for side in value)
-    except OverflowError:
-        return None
-    if not all(math.isfinite(side) for side in (x, y, w, h)) or w <= 0 or h <= 0:
-        return None
-    return x, y, w, h
+    x, y, w, h = map(float, value)
+    return (x, y, w, h) if w > 0 and h > 0 else None
 
 
 def _area(value: object) -> float | None:
-    if isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < math.inf:
-        return float(value)
-    return None
+    return float(value) if _is_number(value) and value > 0 else None
+
+
+def _is_number(value: object) -> TypeGuard[float]:
+    """Finite also as a float, which JSON's integers need not be."""
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    return number and abs(value) < sys.float_info.max  # type: ignore[arg-type]

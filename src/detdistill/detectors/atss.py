@@ -14,7 +14,7 @@ from detdistill.parts.coders import deltas_to_xyxy
 from detdistill.parts.fpn import ExtraFrom
 from detdistill.parts.heads import Scale, predictor
 from detdistill.parts.losses import Reduce, giou_loss
-from detdistill.registry import AtLeastOne
+from detdistill.registry import Depth, Width
 from detdistill.structures import Targets
 
 ANCHOR_SCALE = 8  # anchors are squares of 8 strides
@@ -38,13 +38,13 @@ class ATSS(CenternessDetector):
         *,
         backbone: str = "resnet50",
         pretrained: bool = False,
-        base_channels: AtLeastOne = 64,
+        base_channels: Width = 64,
         frozen_stages: Literal[0, 1, 2, 3, 4] = 0,
         norm_eval: bool = False,
-        fpn_channels: AtLeastOne = 256,
+        fpn_channels: Width = 256,
         fpn_extra: ExtraFrom = "p5",
-        tower_channels: AtLeastOne = 256,
-        tower_depth: int = 4,
+        tower_channels: Width = 256,
+        tower_depth: Depth = 4,
         group_norm: bool = True,
         reduce: Reduce = "global",
     ) -> None:

@@ -11,7 +11,7 @@ from detdistill.detectors.roi_head import RoIHead, Samples
 from detdistill.detectors.rpn import RPN
 from detdistill.detectors.two_stage import TwoStageDetector
 from detdistill.parts.losses import Reduce
-from detdistill.registry import AtLeastOne
+from detdistill.registry import Width
 
 IOU_THRESHOLDS = (0.5, 0.6, 0.7)
 DELTA_SCALES = ((0.1, 0.1, 0.2, 0.2), (0.05, 0.05, 0.1, 0.1), (0.033, 0.033, 0.067, 0.067))
@@ -44,11 +44,11 @@ class CascadeRCNN(TwoStageDetector):
         *,
         backbone: str = "resnet50",
         pretrained: bool = False,
-        base_channels: AtLeastOne = 64,
+        base_channels: Width = 64,
         frozen_stages: Literal[0, 1, 2, 3, 4] = 0,
         norm_eval: bool = False,
-        fpn_channels: AtLeastOne = 256,
-        roi_channels: AtLeastOne = 1024,
+        fpn_channels: Width = 256,
+        roi_channels: Width = 1024,
         roi_samples: Samples = 512,
         reduce: Reduce = "local",
     ) -> None:

@@ -15,7 +15,7 @@ from detdistill.parts.assigners import assign_points
 from detdistill.parts.fpn import ExtraFrom
 from detdistill.parts.heads import Scale, predictor
 from detdistill.parts.losses import Reduce, giou_loss, log_iou_loss, mean_over_processes
-from detdistill.registry import AtLeastOne
+from detdistill.registry import Depth, Width
 from detdistill.structures import Targets
 
 RANGES = ((-1, 64), (64, 128), (128, 256), (256, 512), (512, float("inf")))
@@ -47,13 +47,13 @@ class FCOS(CenternessDetector):
         *,
         backbone: str = "resnet50",
         pretrained: bool = False,
-        base_channels: AtLeastOne = 64,
+        base_channels: Width = 64,
         frozen_stages: Literal[0, 1, 2, 3, 4] = 0,
         norm_eval: bool = False,
-        fpn_channels: AtLeastOne = 256,
+        fpn_channels: Width = 256,
         fpn_extra: ExtraFrom = "p5",
-        tower_channels: AtLeastOne = 256,
-        tower_depth: int = 4,
+        tower_channels: Width = 256,
+        tower_depth: Depth = 4,
         group_norm: bool = False,
         center_sampling: bool = False,
         norm_on_bbox: bool = False,

@@ -62,6 +62,14 @@ def read_state(file: Path) -> dict[str, Tensor]:
         isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in state.items()
     ):
         raise UserError(f"{file}: no table of tensors (a state_dict) in this file")
+    if not state:
+        raise UserError(f"{file}: the table of tensors is empty; export the weights again")
+    for name, tensor in state.items():
+        if tensor.is_floating_point() and not tensor.float().isfinite().all():
+            raise UserError(
+                f"{file}: {name} is not finite everywhere: the training that wrote it had "
+                f"exploded; take an earlier checkpoint"
+            )
     return state
 
 
@@ -103,7 +111,9 @@ def _holds_code(file: Path, names: list[str]) -> UserError:
 
 
 def _unreadable(file: Path, error: Exception) -> UserError:
-    reason = " ".join(str(error).split())[:120]
+    # Of torch's long text about `weights_only` the last sentence says what was found.
+    text = str(error).rpartition("WeightsUnpickler error:")[2].partition("Check the doc")[0]
+    reason = " ".join(text.split())[:120] or "nothing in it"
     return UserError(
         f"{file}: not a readable weights file, perhaps truncated ({type(error).__name__}: "
         f"{reason}); copy or download it again"

@@ -22,7 +22,7 @@ from detdistill.parts.losses import (
     mean_over_processes,
     quality_focal_loss_sum,
 )
-from detdistill.registry import AtLeastOne
+from detdistill.registry import Depth, Width
 from detdistill.structures import Assignment, DenseOutput, Targets, flatten_maps
 
 ANCHOR_SCALE = 8  # anchors are squares of 8 strides
@@ -43,15 +43,15 @@ class GFL(DenseDetector):
         *,
         backbone: str = "resnet50",
         pretrained: bool = False,
-        base_channels: AtLeastOne = 64,
+        base_channels: Width = 64,
         frozen_stages: Literal[0, 1, 2, 3, 4] = 0,
         norm_eval: bool = False,
-        fpn_channels: AtLeastOne = 256,
+        fpn_channels: Width = 256,
         fpn_extra: ExtraFrom = "p5",
-        tower_channels: AtLeastOne = 256,
-        tower_depth: int = 4,
+        tower_channels: Width = 256,
+        tower_depth: Depth = 4,
         group_norm: bool = True,
-        reg_max: AtLeastOne = 16,
+        reg_max: Width = 16,
         reduce: Reduce = "global",
     ) -> None:
         """Keywords are those of `DenseDetector`; `reg_max` + 1 bins per distance."""

@@ -18,7 +18,7 @@ from detdistill.parts.coders import points_to_xyxy
 from detdistill.parts.fpn import ExtraFrom
 from detdistill.parts.heads import PointConv, predictor
 from detdistill.parts.losses import Reduce, focal_loss_sum
-from detdistill.registry import AtLeastOne
+from detdistill.registry import Depth, Width
 from detdistill.structures import (
     Assignment,
     DenseOutput,
@@ -62,14 +62,14 @@ class RepPoints(DenseDetector):
         *,
         backbone: str = "resnet50",
         pretrained: bool = False,
-        base_channels: AtLeastOne = 64,
+        base_channels: Width = 64,
         frozen_stages: Literal[0, 1, 2, 3, 4] = 0,
         norm_eval: bool = False,
-        fpn_channels: AtLeastOne = 256,
+        fpn_channels: Width = 256,
         fpn_extra: ExtraFrom = "c5",
         fpn_group_norm: bool = True,
-        tower_channels: AtLeastOne = 256,
-        tower_depth: int = 3,
+        tower_channels: Width = 256,
+        tower_depth: Depth = 3,
         group_norm: bool = True,
         reduce: Reduce = "local",
     ) -> None:

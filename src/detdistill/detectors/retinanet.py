@@ -14,7 +14,7 @@ from detdistill.parts.coders import deltas_to_xyxy, xyxy_to_deltas
 from detdistill.parts.fpn import ExtraFrom
 from detdistill.parts.heads import predictor
 from detdistill.parts.losses import Reduce, focal_loss_sum
-from detdistill.registry import AtLeastOne
+from detdistill.registry import Depth, Width
 from detdistill.structures import Assignment, DenseOutput, Targets
 
 
@@ -33,13 +33,13 @@ class RetinaNet(DenseDetector):
         *,
         backbone: str = "resnet50",
         pretrained: bool = False,
-        base_channels: AtLeastOne = 64,
+        base_channels: Width = 64,
         frozen_stages: Literal[0, 1, 2, 3, 4] = 0,
         norm_eval: bool = False,
-        fpn_channels: AtLeastOne = 256,
+        fpn_channels: Width = 256,
         fpn_extra: ExtraFrom = "c5",
-        tower_channels: AtLeastOne = 256,
-        tower_depth: int = 4,
+        tower_channels: Width = 256,
+        tower_depth: Depth = 4,
         group_norm: bool = False,
         reduce: Reduce = "local",
     ) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from safetensors.torch import save
 from torch import Tensor
 
@@ -31,6 +31,7 @@ from detdistill.detectors.torchvision_models import (
 )
 from detdistill.detectors.view_base import TorchvisionView
 from detdistill.errors import UserError, UserNotice
+from detdistill.recipe import Options, Pixels
 
 FORMAT = 1
 
@@ -38,14 +39,25 @@ FORMAT = 1
 class Facts(BaseModel):
     """What `model.json` holds; more keys may stand beside."""
 
+    model_config = ConfigDict(allow_inf_nan=False)
+
     format: Literal[1]
     detector: str
-    options: dict[str, Any]
+    options: Options
     num_classes: Annotated[int, Field(ge=1)]
     classes: list[str] | None = None
     pixel_mean: Annotated[list[float], Field(min_length=3, max_length=3)]
     pixel_std: Annotated[list[Annotated[float, Field(gt=0)]], Field(min_length=3, max_length=3)]
-    input_size: tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)]] | None = None
+    input_size: tuple[Pixels, Pixels] | None = None
+
+    @model_validator(mode="after")
+    def _one_name_per_class(self) -> Facts:
+        if self.classes is not None and len(set(self.classes)) != self.num_classes:
+            raise ValueError(
+                f"{len(set(self.classes))} different classes are named, num_classes is "
+                f"{self.num_classes}"
+            )
+        return self
 
 
 def save_detector(
@@ -104,6 +116,8 @@ def load_detector(
     facts_file = file.with_suffix(".json")
     if file.suffix == ".safetensors" and facts_file.exists():
         return _load_own(file, _read_facts(facts_file), wanted, strict, options)
+    if file == facts_file:
+        raise UserError(f"{file}: not the weights; give the .safetensors file beside it")
     if wanted is None:
         raise UserError(
             f"{file}: no {facts_file.name} beside it says which detector this is; "
@@ -153,7 +167,8 @@ def _read_facts(path: Path) -> Facts:
         reason = str(error)
         if isinstance(error, ValidationError):
             first = error.errors()[0]
-            reason = f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
+            place = "".join(f"{part}: " for part in first["loc"])
+            reason = place + first["msg"].removeprefix("Value error, ")
         raise UserError(f"{path}: not a model.json that this version reads ({reason})") from None
 
 
