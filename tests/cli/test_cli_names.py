@@ -25,6 +25,7 @@ COMMANDS = [
     ("recipe",),
     ("recipe", "copy"),
     ("data", "builtin"),
+    ("data", "convert"),
 ]
 
 

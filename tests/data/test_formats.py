@@ -115,7 +115,7 @@ def test_the_first_of_coco_yolo_voc_is_taken(coco, tmp_path):
     assert opened(root).source.name == "data.yaml"
     write_coco_folder(tmp_path / "out", [opened(coco)])
     (tmp_path / "out/annotations").rename(root / "annotations")
-    with pytest.raises(UserError, match="no val split, looked for annotations/val.json"):
+    with pytest.raises(UserError, match=r"no val split, looked for annotations/val\.json"):
         opened(root, "val")
 
 
