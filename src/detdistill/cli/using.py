@@ -223,9 +223,9 @@ def convert_data(
     from detdistill.data import open_dataset, require_same_classes, write_coco_folder
     from detdistill.data.splits import Split as Name
     from detdistill.data.splits import has_split
-    from detdistill.recipe import resolve_recipe
+    from detdistill.recipe import validate_recipe
 
-    recipe = resolve_recipe({}, "command line", {"data": data, "strict": strict})
+    recipe = validate_recipe({"data": data, "strict": strict}, "command line")
     names = [name for name in get_args(Name) if has_split(recipe, name)]
     # Without any split the sentence about the first says what to do.
     datasets = [open_dataset(recipe, name) for name in names or ["train"]]
