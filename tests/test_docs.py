@@ -1,8 +1,9 @@
 """Every fenced code block of README.md and docs/ works as it stands.
 
-A page's blocks run in their order, in one folder that holds a tiny data set `my_coco` and a trained
-`runs/teacher` and `runs/distilled`. The only change to a command is that training commands get the
-settings of `SMALL` appended, which make them short.
+A page's blocks run in their order, in one folder that holds a tiny data set in three formats,
+`my_coco`, `my_yolo` and `my_voc`, and a trained `runs/teacher` and `runs/distilled`. The only
+change to a command is that training commands get the settings of `SMALL` appended, which make them
+short.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import yaml
 
 from detdistill.cli import main
 from detdistill.recipe import validate_recipe
+from tests.data.other_formats import write_voc, write_yolo
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")])
@@ -62,11 +64,13 @@ def bash(text: str) -> None:
 
 @pytest.fixture(scope="session")
 def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with `my_coco`, `runs/teacher` and `runs/distilled`."""
+    """A folder with `my_coco`, `my_yolo`, `my_voc`, `runs/teacher` and `runs/distilled`."""
     from detdistill.data import generate_dataset
 
     folder = tmp_path_factory.mktemp("docs")
     generate_dataset(folder / "my_coco", train=4, val=2, test=2, size=96)
+    write_yolo(folder / "my_coco", folder / "my_yolo")
+    write_voc(folder / "my_coco", folder / "my_voc")
     data = ["--data", str(folder / "my_coco"), *SMALL]
     teacher, distilled = (str(folder / name) for name in GIVEN)
     pair = ["--teacher", teacher, "--student", "gfl_r18", "--method", "crosskd"]

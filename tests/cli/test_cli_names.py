@@ -26,6 +26,7 @@ COMMANDS = [
     ("recipe",),
     ("recipe", "copy"),
     ("data", "builtin"),
+    ("data", "convert"),
 ]
 
 

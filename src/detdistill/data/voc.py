@@ -216,10 +216,8 @@ def _classes(data: _Year | _Folders, split: str, own: Sequence[VocAnnotation | N
     others = [other for other in _FOLDERS if other != split and data.source(other).exists()]
     files = [file for other in others for file in data.annotations(other)]
     annotations = [*own, *in_threads(read_annotation, files)]
-    found = {
-        object.name for annotation in annotations if annotation for object in annotation.objects
-    }
-    found.discard("")
+    objects = (entry for annotation in annotations if annotation for entry in annotation.objects)
+    found = {entry.name for entry in objects if entry.name}
     if not found:
         raise UserError(
             f"{data.source(split)}: no XML file names an object, so there are no classes; list "

@@ -217,11 +217,12 @@ def _read_yolo(config: _Config, split: str) -> DetectionDataset:
 
 def _without_image(labels: list[Path]) -> Iterator[str]:
     """A fault for each label file that belongs to no image."""
-    expected = set(labels)
+    expected = set(map(str, labels))
     for folder in sorted({label.parent for label in labels if "labels" in label.parts[:-1]}):
-        for label in sorted(folder.glob("*.txt")):
-            if label not in expected and label.name not in _NOT_LABELS:
-                yield f"{label}: there is no image of this name (left out)"
+        for name in sorted(os.listdir(folder)) if folder.is_dir() else []:
+            path = os.path.join(folder, name)
+            if name.endswith(".txt") and path not in expected and name not in _NOT_LABELS:
+                yield f"{path}: there is no image of this name (left out)"
 
 
 class _FaultyLineError(Exception):
