@@ -22,6 +22,7 @@ SMALL = [
 TRAIN = ["train", "--detector", "gfl_r18", "--data", "my_coco", "--out", "run", *SMALL]
 DISTILL = ["distill", "--teacher", "teacher.safetensors", "--student", "gfl_r18"]
 DISTILL += ["--method", "crosskd", "--data", "my_coco", "--out", "run", *SMALL]
+DOCTOR = ["doctor", "--student", "gfl_r18", "--data", "my_coco"]
 ANALYZE = ["analyze", "--teacher", "t.safetensors", "--student", "s.safetensors"]
 ANALYZE += ["--data", "my_coco", "--out", "run"]
 COMPARE = ["compare", "--teacher", "gfl_r18", "--student", "gfl_r18", "--methods", "crosskd"]
@@ -94,6 +95,16 @@ def refused(run: Run, arguments: list[str], *fragments: str) -> str:
         (ANALYZE[:3] + ANALYZE[5:], ["no student was given", "--student RUN_OR_FILE"]),
         (ANALYZE, ["--teacher t.safetensors", "no such run folder or weights file"]),
         ([*ANALYZE[:-1], "my_coco/annotations/val.json"], ["val.json is a file"]),
+        (["doctor", "--data", "my_coco"], ["no student was given", "--student NAME"]),
+        (DOCTOR[:3], ["no data was given", "--data FOLDER"]),
+        ([*DOCTOR[:3], "--data", "gone"], ["gone", "not found"]),
+        ([*DOCTOR, "--student", "glf_r18"], ["'glf_r18'", "'gfl_r18'"]),
+        ([*DOCTOR, "--teacher", "gone.pth"], ["--teacher gone.pth", "no such"]),
+        ([*DOCTOR, "--method", "croskd"], ["'croskd'", "'crosskd'"]),
+        ([*DOCTOR, "--set", "methods.crosskd.dept=1"], ["'dept'", "'depth'"]),
+        ([*DOCTOR, "--set", "precision=fp16", "--set", "accelerator=cpu"], ["fp16"]),
+        ([*DOCTOR, "--json", "my_coco/annotations/val.json"], ["--json", "already exists"]),
+        ([*DOCTOR, "--json", "my_coco/annotations/val.json/a"], ["--json", "is a file"]),
         (["recipe", "copy", "dem"], ["'dem'", "'demo'"]),
         (["data", "builtin", "--out", "run", "--train", "0"], ["at least 1 image"]),
         (["data", "builtin", "--out", "my_coco"], ["my_coco"]),

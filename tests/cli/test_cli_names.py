@@ -13,6 +13,7 @@ from tests.cli.conftest import Run
 
 COMMANDS = [
     ("demo",),
+    ("doctor",),
     ("train",),
     ("distill",),
     ("compare",),

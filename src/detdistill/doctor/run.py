@@ -30,7 +30,7 @@ from detdistill.doctor.teacher import (
     measure_ap,
     open_teacher,
 )
-from detdistill.doctor.trial import STEP_BATCHES, Trial
+from detdistill.doctor.trial import KEPT, Trial
 from detdistill.engine.build import new_student
 from detdistill.engine.distributed import pick_device
 from detdistill.engine.optim import run_length
@@ -128,7 +128,7 @@ class Doctor:
         with closing(source.batches(0)) as batches:
             for batch in itertools.islice(batches, len(source)):
                 has_boxes = any(len(target["boxes"]) for target in batch.targets)
-                if has_boxes and len(self._batches) < STEP_BATCHES:
+                if has_boxes and len(self._batches) < KEPT:
                     self._batches.append(batch)
                 yield batch
                 seen += len(batch.sizes)

@@ -26,8 +26,11 @@ from detdistill.doctor.terms import check_arm, check_plain
 from detdistill.recipe import Recipe
 from detdistill.structures import Batch
 
-STEP_BATCHES = 3
+MEASURED = 3
 """On so many batches a term must be 0 to count as dead."""
+
+KEPT = 8
+"""Batches that are worth keeping: those to measure, and others for the first steps."""
 
 ALONE = "the student alone"
 
@@ -50,7 +53,9 @@ class Trial:
         self, recipe: Recipe, device: torch.device, batches: Sequence[Batch], total_steps: int
     ) -> None:
         """Nothing tried yet."""
-        self.recipe, self.device, self.batches = recipe, device, batches
+        self.recipe, self.device = recipe, device
+        # What the first steps learn by heart would say little.
+        self.batches, self._taught = batches[:MEASURED], batches[MEASURED:] or batches
         self.total_steps = total_steps
         self.ready = False
         self.numbers: dict[str, Any] = {}
@@ -62,7 +67,7 @@ class Trial:
         self._student = copy.deepcopy(student)
         alone = Distiller(self._student).to(self.device).train()
         try:
-            steps = take_first_steps(alone, self.batches, self.recipe, self.device)
+            steps = take_first_steps(alone, self._taught, self.recipe, self.device)
             if not all(p.isfinite().all() for p in alone.parameters()):
                 # Without the run's own warm-up; nothing is said about the run by that.
                 self._student, steps = copy.deepcopy(student), 0

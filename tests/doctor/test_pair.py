@@ -1,0 +1,39 @@
+from detdistill.doctor.pair import Fit, build_arm, check_fit, check_pair, describe_helpers
+from tests.doctor.conftest import levels
+from tests.helpers import narrow
+
+
+def test_a_method_that_fits_says_what_it_adds():
+    student, teacher = narrow(), narrow(seed=1, fpn_channels=32)
+    fit = check_fit(student, teacher, "pkd", {"pkd": {}})
+    assert fit.reason == ""
+    assert fit.helpers == ("adds 1x1 convolution 16 to 32, for training alone (544 parameters)")
+    assert check_fit(student, narrow(seed=1), "pkd", {"pkd": {}}).helpers == "adds nothing"
+
+
+def test_assistants_are_counted():
+    distiller = build_arm(narrow(), narrow("retinanet_r18", seed=1), {"head": {}})
+    assert "assistants of" in describe_helpers(distiller.methods)
+
+
+def test_a_method_that_does_not_fit_gives_its_reason():
+    fit = check_fit(narrow(), narrow("fcos_r18"), "rm", {"rm": {}})
+    assert "anchor" in fit.reason
+    fit = check_fit(narrow(), None, "crosskd", {"crosskd": {}})
+    assert "needs a teacher" in fit.reason
+
+
+def test_the_student_stays_as_it_is():
+    """`transfer_head` copies the teacher's head into the student that it prepares for."""
+    student, teacher = narrow(), narrow(seed=1)
+    before = {name: value.clone() for name, value in student.state_dict().items()}
+    assert not check_fit(student, teacher, "a", {"feature": {"transfer_head": True}}).reason
+    assert all(value.equal(before[name]) for name, value in student.state_dict().items())
+
+
+def test_levels():
+    good, bad = Fit("pkd", helpers="adds nothing"), Fit("rm", reason="rm needs more")
+    assert levels(check_pair([good, bad], False, "do")) == ["ok", "note"]
+    assert levels(check_pair([good, bad], True, "do")) == ["ok", "problem"]
+    *_, none = check_pair([bad, bad], False, "do")
+    assert none.level == "problem" and none.advice == "do"

@@ -1,0 +1,73 @@
+import pytest
+
+from detdistill import create_method
+from detdistill.doctor.schedule import check_recipe, check_schedules, check_start, recipe_numbers
+from detdistill.recipe import Recipe
+from tests.doctor.conftest import levels
+from tests.helpers import narrow
+
+
+def found_in(recipe, images=100, steps_per_epoch=10, total_steps=1000):
+    return check_recipe(recipe, images, steps_per_epoch, total_steps)
+
+
+def test_a_good_recipe():
+    recipe = Recipe(batch_size=16, base_batch=8, lr=0.02, warmup_steps=50)
+    rate, length, warmup = found_in(recipe)
+    assert levels([rate, length, warmup]) == ["ok"] * 3
+    assert "= 0.04" in rate.text
+    assert "160.0 times" in length.text
+    assert recipe_numbers(recipe, 10, 1000)["lr"] == pytest.approx(0.04)
+
+
+@pytest.mark.parametrize(
+    ("steps", "level"), [(0, "ok"), (100, "ok"), (101, "warning"), (1000, "problem")]
+)
+def test_warmup(steps, level):
+    *_, found = found_in(Recipe(warmup_steps=steps))
+    assert found.level == level
+    assert level == "ok" or "warmup_steps=50" in found.advice
+
+
+@pytest.mark.parametrize(
+    ("settings", "images", "total", "part"),
+    [
+        ({"batch_size": 200}, 100, 1000, "filled up"),
+        ({"max_steps": 5}, 100, 5, "seen 0.4 times"),
+        ({"optimizer": "adamw", "lr": 0.02}, 100, 1000, "much for adamw"),
+        ({"schedule": "step", "milestones": [8, 200]}, 100, 1000, "milestones [200]"),
+    ],
+)
+def test_what_does_not_suit(settings, images, total, part):
+    recipe = Recipe(**{"warmup_steps": 0, **settings})
+    bad = [f for f in found_in(recipe, images, total_steps=total) if f.level == "warning"]
+    assert [part in finding.text for finding in bad] == [True]
+
+
+def test_methods_that_act_in_time():
+    methods = {"crosskd": create_method("crosskd"), "head": create_method("head", warmup=50)}
+    assert check_schedules(methods, 1000) == []
+
+
+@pytest.mark.parametrize(
+    ("options", "level", "part"),
+    [
+        ({}, "problem", "reach 50%"),
+        ({"warmup": 200}, "warning", "20% of the run"),
+        ({"start": 1000}, "problem", "never"),
+        ({"start": 500, "warmup": 1000}, "problem", "reach 50%"),
+    ],
+)
+def test_methods_that_act_too_late(options, level, part):
+    [found] = check_schedules({"head": create_method("head", **options)}, 1000)
+    assert found.level == level and part in found.text
+    assert "--set methods.head." in found.advice
+
+
+def test_a_full_backbone_without_imagenet_weights():
+    assert check_start(narrow()) == []
+    wide = narrow()
+    wide.options = {**wide.options, "base_channels": 64}
+    assert levels(check_start(wide)) == ["note"]
+    wide.options["backbone_weights"] = "r18.pth"
+    assert check_start(wide) == []
