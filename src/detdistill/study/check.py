@@ -6,16 +6,22 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from detdistill.data import open_dataset, require_same_classes
+from detdistill.data.fingerprint import fingerprint
 from detdistill.detectors import FPNDetector, create_detector
 from detdistill.distill import Distiller, create_method
 from detdistill.engine.build import load_teacher
 from detdistill.errors import UserError
 from detdistill.recipe import Recipe, split_teacher
-from detdistill.study.runs import WEIGHTS
+from detdistill.study.runs import WEIGHTS, file_sha256
 
 
-def check_study(recipe: Recipe, teacher: str, methods: Sequence[str], seeds: Sequence[int]) -> None:
+def check_study(
+    recipe: Recipe, teacher: str, methods: Sequence[str], seeds: Sequence[int]
+) -> dict[str, str]:
     """Data, names, options, and whether each method fits the pair.
+
+    Returns:
+        What the study rests on, by fingerprints: its data, and a teacher that is there already.
 
     Raises:
         UserError: in one sentence.
@@ -34,17 +40,21 @@ def check_study(recipe: Recipe, teacher: str, methods: Sequence[str], seeds: Seq
         require_same_classes(train, split)
     if not any((~record.crowd).any() for record in test.records):
         raise UserError(f"{test.source}: no test image has a usable box; nothing can be measured")
+    inputs = {f"{d.split} data ({d.source})": fingerprint(d) for d in (train, val, test)}
     model: FPNDetector | None
-    if teacher_file(teacher) is None:
+    weights = teacher_file(teacher)
+    if weights is None:
         model = create_detector(teacher, len(train.classes), **recipe.teacher_options)
         model.classes = list(train.classes)
     else:
         model = existing_teacher(recipe.model_copy(update={"teacher": teacher}))
+        inputs["teacher"] = file_sha256(weights)
     student = create_detector(recipe.student, len(train.classes), **recipe.student_options)
     student.classes = list(train.classes)
     for name in methods:
         parts = recipe.methods_of(name).items()
         Distiller(student, model, {part: create_method(part, **given) for part, given in parts})
+    return inputs
 
 
 def teacher_file(teacher: str) -> Path | None:

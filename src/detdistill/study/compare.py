@@ -60,8 +60,9 @@ def compare(
         The rows of the table: teacher, student, methods, student with the same training time.
     """
     methods, seeds = list(dict.fromkeys(methods)), list(dict.fromkeys(seeds))
-    check_study(recipe, teacher, methods, seeds)
+    inputs = check_study(recipe, teacher, methods, seeds)
     settings: dict[str, Any] = {"teacher": teacher, "teacher_epochs": teacher_epochs}
+    settings["inputs"] = inputs
     settings |= {"recipe": recipe.model_dump(), "methods": methods, "seeds": seeds}
     study = _Study(Path(out), recipe, open_study(Path(out), settings), on_status)
     study.left = len(seeds) * (2 + len(methods)) + (teacher_file(teacher) is None)
