@@ -134,6 +134,93 @@ def test_a_finished_run_returns_at_once(recipe, tmp_path, monkeypatch):
     assert again == first
 
 
+def test_a_finished_run_needs_no_checkpoint(recipe, tmp_path):
+    out = tmp_path / "run"
+    first = train(recipe(max_steps=2), out)
+    (out / "last.ckpt").unlink()
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    assert train(recipe(max_steps=2), out, resume=True) == first
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+
+
+def stopped_after_two(recipe, out, monkeypatch, **values):
+    """A run with a checkpoint of step 2, and its recipe."""
+    report, settings = engine.Run.report, recipe(checkpoint_every=1, **values)
+
+    def interrupt(run, *args):
+        report(run, *args)
+        if run.step == 3:
+            raise StopError
+
+    monkeypatch.setattr(engine.Run, "report", interrupt)
+    with pytest.raises(StopError):
+        train(settings, out)
+    monkeypatch.setattr(engine.Run, "report", report)
+    return settings
+
+
+def without(key):
+    def change(file):
+        state = torch.load(file, weights_only=True)
+        del state[key]
+        torch.save(state, file)
+
+    return change
+
+
+def with_another_optimizer(file):
+    state = torch.load(file, weights_only=True)
+    state["optimizer"]["param_groups"] *= 2
+    torch.save(state, file)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda file: file.write_bytes(b""),
+        lambda file: file.write_bytes(file.read_bytes()[:5000]),
+        lambda file: torch.save([1, 2], file),
+        without("optimizer"),
+        with_another_optimizer,
+    ],
+    ids=["empty", "cut off", "another object", "a key is missing", "another optimiser"],
+)
+def test_a_damaged_checkpoint_is_named_and_nothing_changes(recipe, tmp_path, monkeypatch, damage):
+    out = tmp_path / "run"
+    settings = stopped_after_two(recipe, out, monkeypatch)
+    damage(out / "last.ckpt")
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    settings = settings.model_copy(update={"log_every": 2})
+    with pytest.raises(UserError, match=r"last\.ckpt: not a checkpoint of this run, or damaged"):
+        train(settings, out, resume=True)
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_a_run_goes_on_with_its_own_data_only(recipe, tmp_path, monkeypatch, data, split):
+    folder, out = shutil.copytree(data, tmp_path / "mine"), tmp_path / "run"
+    settings = stopped_after_two(recipe, out, monkeypatch, data=str(folder))
+    path = folder / "annotations" / f"{split}.json"
+    text = path.read_text()
+    values = json.loads(text)
+    values["annotations"][0]["bbox"][2] += 1
+    path.write_text(json.dumps(values))
+    with pytest.raises(UserError, match=rf"its {split} data .*{split}\.json.* changed since"):
+        train(settings, out, resume=True)
+    path.write_text(text)
+    assert train(settings, out, resume=True).steps == 6
+
+
+def test_a_run_goes_on_with_its_own_teacher_only(recipe, teacher, tmp_path, monkeypatch):
+    out = tmp_path / "run"
+    values = {"teacher": teacher, "methods": {"crosskd": {}}}
+    settings = stopped_after_two(recipe, out, monkeypatch, **values)
+    train(recipe(max_steps=1, seed=6), tmp_path / "other")
+    shutil.copy(tmp_path / "other/model.safetensors", tmp_path / "teacher/model.safetensors")
+    with pytest.raises(UserError, match="its teacher changed since this run began"):
+        train(settings, out, resume=True)
+
+
 def test_accumulated_micro_batches_run_and_keep_the_step_count(recipe, tmp_path):
     result = train(recipe(accumulate=2, max_steps=3), tmp_path / "run")
     assert result.steps == 3
@@ -215,7 +302,7 @@ def test_window_means(tmp_path):
 
 def test_metrics_written_after_the_checkpoint_are_dropped(tmp_path):
     path = tmp_path / "metrics.jsonl"
-    path.write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"step"')
+    path.write_bytes(b'{"step": 1}\n[]\n\xff\x00\n{"step": 2}\n{"step": 3}\n{"step"')
     MetricsFile(path, 2).write({"step": 3})
     assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1, 2, 3]
 

@@ -134,6 +134,7 @@ class World:
         skill = self.skills[arm] + 0.01 * math.sin(7 * recipe.seed)
         facts = {"skill": skill, "seed": recipe.seed, "arm": arm}
         (out / "model.safetensors").write_text(json.dumps(facts))
+        (out / "model.json").write_text("{}")
         status = {"done": True, "seconds": self.seconds[arm], "steps": steps, "best_ap": 0.5}
         (out / "run.json").write_text(json.dumps(status))
         return RunResult(out, self.seconds[arm], steps, 0.5)

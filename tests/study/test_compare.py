@@ -1,6 +1,7 @@
 """A whole study with fabricated training: which runs, with which settings, resumed how."""
 
 import json
+import shutil
 
 import pytest
 import yaml
@@ -66,7 +67,7 @@ def test_named_arms_hold_the_methods_that_the_recipe_gives_them(recipe, world, t
     for name, methods in arms.items():
         run = recipe_of(out / f"runs/{name}/seed0")
         assert (run["methods"], run["arms"]) == (methods, {})
-    with pytest.raises(UserError, match=r"arms\.deep .* asked for is {'crosskd': {'depth': 0}}"):
+    with pytest.raises(UserError, match=r"arm deep .* asked for is {'crosskd': {'depth': 0}}"):
         changed = given.model_copy(update={"arms": {"deep": {"crosskd": {"depth": 0}}}})
         run_study(changed, out, methods=["deep"], seeds=[0])
 
@@ -150,17 +151,39 @@ def test_seeds_may_be_added(recipe, world, tmp_path):
     [
         ({"lr": 0.5}, "lr 0.02, asked for is 0.5"),
         ({"epochs": 9}, "epochs 8, asked for is 9"),
-        ({"methods": {"crosskd": {"depth": 1}}}, r"methods\.crosskd {}, asked for is {'depth': 1}"),
+        ({"methods": {"crosskd": {"depth": 1}}}, "arm crosskd .*, asked for is .*{'depth': 1}"),
     ],
 )
-def test_another_study_in_the_folder_is_refused(recipe, world, tmp_path, change, named):
+@pytest.mark.parametrize("methods", [{}, {"crosskd": {}}])
+def test_another_study_in_the_folder_is_refused(recipe, world, tmp_path, change, named, methods):
     out = tmp_path / "study"
-    first = recipe.model_copy(update={"methods": {"crosskd": {}}})
+    first = recipe.model_copy(update={"methods": methods})
     run_study(first, out, seeds=[0])
     before = (out / "study.json").read_bytes()
     with pytest.raises(UserError, match=f"study.json: .* {named}"):
         run_study(first.model_copy(update=change), out, seeds=[0])
     assert (out / "study.json").read_bytes() == before
+
+
+@pytest.mark.parametrize("split", ["train", "val", "test"])
+def test_a_study_rests_on_the_same_data(recipe, data_folder, world, tmp_path, split):
+    folder, out = shutil.copytree(data_folder, tmp_path / "data"), tmp_path / "study"
+    given = recipe.model_copy(update={"data": str(folder)})
+    run_study(given, out, seeds=[0])
+    path = folder / "annotations" / f"{split}.json"
+    values = json.loads(path.read_text())
+    values["annotations"][0]["bbox"][2] -= 1
+    path.write_text(json.dumps(values))
+    with pytest.raises(UserError, match=rf"study\.json: the {split} data .* changed since"):
+        run_study(given, out, seeds=[0])
+
+
+def test_a_damaged_study_is_named(recipe, world, tmp_path):
+    out = tmp_path / "study"
+    run_study(recipe, out, seeds=[0])
+    (out / "study.json").write_text('{"recipe"')
+    with pytest.raises(UserError, match=r"study\.json: damaged"):
+        run_study(recipe, out, seeds=[0])
 
 
 def test_settings_that_change_no_result_may_change(recipe, world, tmp_path):
@@ -243,6 +266,9 @@ def test_an_existing_teacher_is_tested_not_trained(recipe, world, tmp_path, monk
     assert sorted(path.name for path in run.iterdir()) == before, "the user's folder is his own"
     assert arms[0].seconds is None
     assert recipe_of(tmp_path / "study/runs/crosskd/seed0")["teacher"] == str(run)
+    (run / "model.safetensors").write_text("another")
+    with pytest.raises(UserError, match="the teacher changed since this study began"):
+        run_study(recipe, tmp_path / "study", teacher=str(run), seeds=[0])
 
 
 def test_equal_times_need_no_second_control(recipe, world, tmp_path):

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
 from detdistill.data import DetectionDataset, open_dataset, require_same_classes
+from detdistill.data.fingerprint import fingerprint
 from detdistill.data.transforms import eval_size
 from detdistill.detectors import FPNDetector, create_detector, load_detector
 from detdistill.detectors.factory import split_name
@@ -23,6 +26,14 @@ class Parts:
     val: DetectionDataset
     distiller: Distiller
     teacher: str | None
+
+    @cached_property
+    def inputs(self) -> dict[str, str]:
+        """What the run learns from, by fingerprints: another data set or teacher is another run."""
+        found = {f"{d.split} data ({d.source})": fingerprint(d) for d in (self.train, self.val)}
+        if self.distiller.teacher is not None:
+            found["teacher"] = _fingerprint(self.distiller.teacher)
+        return found
 
 
 def build(recipe: Recipe) -> Parts:
@@ -46,6 +57,14 @@ def new_student(recipe: Recipe, classes: Sequence[str]) -> FPNDetector:
     student.classes = list(classes)
     student.input_size = eval_size(recipe)
     return student
+
+
+def _fingerprint(detector: FPNDetector) -> str:
+    digest = hashlib.sha256()
+    for name, tensor in detector.state_dict().items():
+        bits = tensor.cpu().flatten().view(torch.uint8)  # NumPy has no bfloat16
+        digest.update(name.encode() + bits.numpy().tobytes())
+    return digest.hexdigest()
 
 
 def load_teacher(recipe: Recipe) -> FPNDetector | None:

@@ -15,6 +15,10 @@ from detdistill.recipe import Recipe, dump_recipe, read_yaml
 # Settings that change how a run is carried out, not what comes out of it.
 FREE = {"workers", "cache", "log_every", "checkpoint_every", "eval_batch", "accelerator"}
 
+STATE = {"step", "seconds", "best_ap", "val_ap", "teacher_ap"}
+STATE |= {"distiller", "optimizer", "precision", "random"}
+"""Keys of a checkpoint."""
+
 
 def write_text(path: Path, text: str) -> None:
     """Replaces a text file atomically."""
@@ -44,12 +48,19 @@ def load_checkpoint(path: Path) -> dict[str, Any] | None:
         return None
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        raise UserError(
-            f"{path}: not a readable checkpoint ({' '.join(str(error).split())[:120]}); "
-            f"delete it to start the run again"
-        ) from None
-    return state  # type: ignore[no-any-return]
+    except Exception as error:  # a damaged file can raise anything
+        raise unusable_checkpoint(path, type(error).__name__) from None
+    if not isinstance(state, dict) or not STATE <= state.keys():
+        raise unusable_checkpoint(path, "it holds something else")
+    return state
+
+
+def unusable_checkpoint(path: Path, reason: str) -> UserError:
+    """What to tell about a `last.ckpt` that cannot be resumed from."""
+    return UserError(
+        f"{path}: not a checkpoint of this run, or damaged ({reason}); delete it to start the run "
+        f"again"
+    )
 
 
 def check_run(out: Path, recipe: Recipe, resume: bool) -> None:
@@ -68,6 +79,16 @@ def check_run(out: Path, recipe: Recipe, resume: bool) -> None:
             )
     elif out.exists() and (not out.is_dir() or any(p.suffix != ".tmp" for p in out.iterdir())):
         raise UserError(f"{out} is no run folder and not empty; choose another --out")
+
+
+def check_inputs(out: Path, state: dict[str, Any] | None, inputs: dict[str, str]) -> None:
+    """Refuses to go on with a run whose data or teacher are not those that it began with."""
+    for what, before in (state or {}).get("inputs", {}).items():
+        if inputs.get(what) != before:
+            raise UserError(
+                f"{out}: its {what} changed since this run began; put it back as it was, or "
+                f"choose another --out"
+            )
 
 
 def start_run(out: Path, recipe: Recipe) -> None:

@@ -35,7 +35,8 @@ class MetricsFile:
         """Continues at `step`: later lines, written before an interruption, are dropped."""
         self.path = path
         if path.exists():
-            lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+            text = path.read_text(encoding="utf-8", errors="replace")  # a power cut leaves anything
+            lines = text.splitlines(keepends=True)
             kept = [line for line in lines if _step_of(line) <= step] if step else []
             write_text(path, "".join(kept))
 
@@ -48,7 +49,7 @@ class MetricsFile:
 def _step_of(line: str) -> float:
     try:
         return float(json.loads(line)["step"])
-    except (ValueError, KeyError):
+    except (ValueError, KeyError, TypeError):
         return math.inf  # cut off in mid-line
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -14,7 +15,12 @@ from detdistill.data import TrainBatches
 from detdistill.detectors import save_detector
 from detdistill.distill import Distiller, Method
 from detdistill.engine.build import Parts
-from detdistill.engine.checkpoint import load_checkpoint, save_checkpoint, write_json, write_text
+from detdistill.engine.checkpoint import (
+    save_checkpoint,
+    unusable_checkpoint,
+    write_json,
+    write_text,
+)
 from detdistill.engine.log import MetricsFile, RunDisplay, TermWindow
 from detdistill.engine.optim import make_optimizer, run_length
 from detdistill.errors import UserError
@@ -39,13 +45,36 @@ class RunResult:
     best_ap: float | None
 
 
+def finished_run(folder: Path) -> RunResult | None:
+    """What a finished run in a folder left; None if there is none, or not all of it.
+
+    Its `last.ckpt` may be gone: only `--resume` of an unfinished run needs it.
+    """
+    files = [folder / name for name in ("run.json", "model.safetensors", "model.json")]
+    if not all(file.exists() for file in files):
+        return None
+    try:
+        status = json.loads(files[0].read_text(encoding="utf-8"))
+        best = None if status["best_ap"] < 0 else float(status["best_ap"])
+        result = RunResult(folder, float(status["seconds"]), int(status["steps"]), best)
+    except (ValueError, KeyError, TypeError):
+        return None
+    return result if status["done"] else None
+
+
 class Run:
     """One run: its state and what is done to it."""
 
     def __init__(
-        self, recipe: Recipe, out: Path, fabric: Fabric, parts: Parts, batches: TrainBatches
+        self,
+        recipe: Recipe,
+        out: Path,
+        fabric: Fabric,
+        parts: Parts,
+        batches: TrainBatches,
+        state: dict[str, Any] | None,
     ) -> None:
-        """Sets up the models and picks up a checkpoint if there is one."""
+        """Sets up the models, and goes on from the state of a checkpoint if there is one."""
         self.recipe, self.out, self.fabric, self.parts = recipe, out, fabric, parts
         self.distiller: Distiller = parts.distiller
         if recipe.channels_last:
@@ -58,11 +87,20 @@ class Run:
         self.step, self.seconds = 0, 0.0
         self.best_ap, self.val_ap, self.teacher_ap = -1.0, -1.0, -1.0  # -1: not known
         torch.manual_seed(recipe.seed + 1 + fabric.global_rank)
-        self._restore()
-        self.metrics = MetricsFile(out / "metrics.jsonl", self.step) if self.speaks else None
+        if state is not None:
+            try:
+                self._restore(state)
+            except (KeyError, TypeError, ValueError, RuntimeError) as error:
+                raise unusable_checkpoint(out / "last.ckpt", type(error).__name__) from None
+        self.metrics: MetricsFile | None = None
         self.window = TermWindow(out)
         title = "/".join(out.parts[-2:])
         self.display = RunDisplay(title, self.total_steps, self.step, quiet=not self.speaks)
+
+    def open_metrics(self) -> None:
+        """From here on the run writes into its folder."""
+        if self.speaks:
+            self.metrics = MetricsFile(self.out / "metrics.jsonl", self.step)
 
     @property
     def speaks(self) -> bool:
@@ -189,6 +227,7 @@ class Run:
             "optimizer": self.optimizer.state_dict(),
             "precision": self.fabric.strategy.precision.state_dict(),
             "random": torch.get_rng_state(),
+            "inputs": self.parts.inputs,
         }
         if self.speaks:
             save_checkpoint(self.out / "last.ckpt", state)
@@ -204,10 +243,7 @@ class Run:
                     f"lower lr or clip_norm"
                 )
 
-    def _restore(self) -> None:
-        state = load_checkpoint(self.out / "last.ckpt")
-        if state is None:
-            return
+    def _restore(self, state: dict[str, Any]) -> None:
         self.step, self.seconds = state["step"], state["seconds"]
         self.best_ap, self.val_ap = state["best_ap"], state["val_ap"]
         self.teacher_ap = state["teacher_ap"]

@@ -13,10 +13,10 @@ import torch
 
 from detdistill.data import make_train_batches
 from detdistill.engine.build import build
-from detdistill.engine.checkpoint import check_run, start_run
+from detdistill.engine.checkpoint import check_inputs, check_run, load_checkpoint, start_run
 from detdistill.engine.distributed import all_image_ids, launch
 from detdistill.engine.optim import learning_rate
-from detdistill.engine.run import Run, RunResult
+from detdistill.engine.run import Run, RunResult, finished_run
 from detdistill.recipe import Recipe
 from detdistill.structures import Batch
 
@@ -35,17 +35,23 @@ def train(recipe: Recipe, out: Path, *, resume: bool = False) -> RunResult:
     fabric = launch(recipe)
     if fabric.is_global_zero:
         check_run(out, recipe, resume)
+    finished: RunResult | None = fabric.broadcast(finished_run(out) if resume else None)
+    if finished is not None:
+        return finished
     parts = build(recipe)
     batches = make_train_batches(
         parts.train, recipe, rank=fabric.global_rank, world_size=fabric.world_size
     )
-    # Whatever can be wrong with the input has shown by now, and nothing is written yet.
-    fabric.barrier()
-    if fabric.is_global_zero:
-        start_run(out, recipe)
-    fabric.barrier()
-    run = Run(recipe, out, fabric, parts, batches)
+    state = load_checkpoint(out / "last.ckpt")
+    check_inputs(out, state, parts.inputs)
+    run = Run(recipe, out, fabric, parts, batches, state)
     try:
+        # Whatever can be wrong with the input has shown by now, and nothing is written yet.
+        fabric.barrier()
+        if fabric.is_global_zero:
+            start_run(out, recipe)
+        fabric.barrier()
+        run.open_metrics()
         return run.finish() if run.step >= run.total_steps else _loop(run)
     finally:
         run.display.close()

@@ -6,19 +6,23 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from detdistill.data import DetectionDataset, open_dataset, require_same_classes
+from detdistill.data.fingerprint import fingerprint
 from detdistill.detectors import FPNDetector, create_detector
 from detdistill.distill import Distiller, create_method
 from detdistill.engine.build import load_teacher
 from detdistill.errors import UserError
 from detdistill.evaluation.run import knows_classes
 from detdistill.recipe import Recipe, split_teacher
-from detdistill.study.runs import WEIGHTS
+from detdistill.study.runs import WEIGHTS, file_sha256
 
 
 def check_study(
     recipe: Recipe, teacher: str | None, methods: Sequence[str], seeds: Sequence[int]
-) -> None:
+) -> dict[str, str]:
     """Data, names, options, and whether each method fits the pair, or does without a teacher.
+
+    Returns:
+        What the study rests on, by fingerprints: its data, and a teacher that is there already.
 
     Raises:
         UserError: in one sentence.
@@ -31,7 +35,8 @@ def check_study(
         raise UserError(f"seeds {list(seeds)}: expected whole numbers from 0 on")
     if recipe.nodes > 1:
         raise UserError(f"compare runs on one machine, found nodes {recipe.nodes}: set nodes to 1")
-    test = _check_data(recipe)
+    splits = _open_splits(recipe)
+    test = splits[-1]
     classes = test.classes
     model = None if teacher is None else _teacher(recipe, teacher, classes)
     student = create_detector(recipe.student, len(classes), **recipe.student_options)
@@ -44,17 +49,22 @@ def check_study(
             f"a study measures its teacher, too, and the classes of {teacher} are not those of "
             f"{test.source}: choose a teacher of the same task"
         )
+    inputs = {f"{split.split} data ({split.source})": fingerprint(split) for split in splits}
+    weights = None if teacher is None else teacher_file(teacher)
+    if weights is not None:
+        inputs["teacher"] = file_sha256(weights)
+    return inputs
 
 
-def _check_data(recipe: Recipe) -> DetectionDataset:
-    """The test split, of the same classes as the others."""
+def _open_splits(recipe: Recipe) -> tuple[DetectionDataset, ...]:
+    """Train, val and test, of the same classes; test holds boxes."""
     train, val = open_dataset(recipe, "train"), open_dataset(recipe, "val")
     test = open_dataset(recipe, "test")
     for split in (val, test):
         require_same_classes(train, split)
     if not any((~record.crowd).any() for record in test.records):
         raise UserError(f"{test.source}: no test image has a usable box; nothing can be measured")
-    return test
+    return train, val, test
 
 
 def _teacher(recipe: Recipe, teacher: str, classes: Sequence[str]) -> FPNDetector:

@@ -61,8 +61,9 @@ def compare(
         time.
     """
     methods, seeds = list(dict.fromkeys(methods)), list(dict.fromkeys(seeds))
-    check_study(recipe, teacher, methods, seeds)
+    inputs = check_study(recipe, teacher, methods, seeds)
     settings: dict[str, Any] = {"teacher": teacher, "teacher_epochs": teacher_epochs}
+    settings["inputs"] = inputs
     settings |= {"recipe": recipe.model_dump(), "methods": methods, "seeds": seeds}
     study = _Study(Path(out), recipe, open_study(Path(out), settings), on_status)
     arms = study.arms(teacher, teacher_epochs, methods, seeds)

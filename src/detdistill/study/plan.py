@@ -32,7 +32,8 @@ def open_study(out: Path, settings: dict[str, Any]) -> dict[str, Any]:
 
     Args:
         out: the study's folder.
-        settings: recipe (plain values), teacher (or None), teacher_epochs, methods, seeds.
+        settings: recipe (plain values), teacher (or None), teacher_epochs, methods, seeds, and
+            `inputs`, fingerprints of what the study rests on.
 
     Returns:
         The content of `study.json`, already written.
@@ -127,10 +128,8 @@ def _refuse_difference(path: Path, state: dict[str, Any], settings: dict[str, An
     pairs = [(key, old.get(key), new.get(key)) for key in new if key not in FREE]
     pairs += [(key, state[key], settings[key]) for key in ("teacher", "teacher_epochs")]
     pairs += [
-        (f"{key}.{name}", old[key][name], options)
-        for key in ("methods", "arms")
-        for name, options in new[key].items()
-        if name in old[key]
+        (f"arm {arm}", _methods_of(arm, old), _methods_of(arm, new))
+        for arm in _arms_begun(state, settings)
     ]
     for key, before, now in pairs:
         if before != now:
@@ -138,3 +137,19 @@ def _refuse_difference(path: Path, state: dict[str, Any], settings: dict[str, An
                 f"{path}: this folder holds a study with {key} {before!r}, asked for is {now!r}: "
                 "give another --out folder, or the same settings to continue it"
             )
+    for what, seen in state.get("inputs", {}).items():
+        if settings["inputs"].get(what) != seen:
+            raise UserError(
+                f"{path}: the {what} changed since this study began: put it back as it was, or "
+                f"give another --out folder"
+            )
+
+
+def _arms_begun(state: dict[str, Any], settings: dict[str, Any]) -> list[str]:
+    """Arms that are asked for and have runs already."""
+    return [arm for arm in settings["methods"] if any(f"/{arm}/" in run for run in state["runs"])]
+
+
+def _methods_of(arm: str, recipe: dict[str, Any]) -> dict[str, Any]:
+    """What an arm trains with, by a recipe's plain values."""
+    return Recipe.model_construct(**recipe).methods_of(arm)

@@ -16,6 +16,7 @@ import torch
 from detdistill.data import open_dataset
 from detdistill.detectors import FPNDetector, load_detector
 from detdistill.engine.checkpoint import write_json, write_text
+from detdistill.engine.run import finished_run
 from detdistill.engine.train import train
 from detdistill.errors import UserError
 from detdistill.evaluation.coco import ap_gain_interval, coco_metrics
@@ -88,11 +89,9 @@ def train_in_processes(recipe: Recipe, folder: Path) -> None:
 
 def _is_finished(recipe: Recipe, folder: Path) -> bool:
     """Whether this very run is done: opening the training data again would only cost time."""
-    stored, status = folder / "recipe.yaml", folder / STATUS
-    if not (stored.exists() and status.exists() and (folder / WEIGHTS).exists()):
-        return False
-    same = stored.read_text(encoding="utf-8") == dump_recipe(recipe)
-    return same and bool(read_json(status)["done"])
+    stored = folder / "recipe.yaml"
+    same = stored.exists() and stored.read_text(encoding="utf-8") == dump_recipe(recipe)
+    return same and finished_run(folder) is not None
 
 
 def test_once(
@@ -154,7 +153,8 @@ def read_log(folder: Path, kind: str) -> list[dict[str, Any]]:
     """
     path = folder / "metrics.jsonl"
     found: dict[int, dict[str, Any]] = {}
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+    text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
+    for line in text.splitlines():
         try:
             entry = json.loads(line)
         except json.JSONDecodeError:
@@ -165,8 +165,13 @@ def read_log(folder: Path, kind: str) -> list[dict[str, Any]]:
 
 
 def read_json(path: Path) -> Any:
-    """The content of a JSON file."""
-    return json.loads(path.read_text(encoding="utf-8"))
+    """The content of a JSON file that a study wrote."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        raise UserError(
+            f"{path}: damaged, no longer JSON; put it back as it was, or give another --out folder"
+        ) from None
 
 
 def file_sha256(path: Path) -> str:
