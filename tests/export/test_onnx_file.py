@@ -109,11 +109,22 @@ def test_final_detections_of_float_pixels(tmp_path: Path) -> None:
         assert torch.equal(labels[:count], expected.labels) and (labels[count:] == -1).all()
         close(scores[:count], expected.scores)
         close(boxes[:count], expected.boxes_xyxy)
-    check_that_a_lost_box_is_noticed(path, detector)
+    check_that_nothing_to_find_is_noticed(onnx.load(path), detector)
+    check_that_a_lost_box_is_noticed(onnx.load(path), detector)
 
 
-def check_that_a_lost_box_is_noticed(path: Path, detector: DenseDetector) -> None:
-    model = onnx.load(path)
+def check_that_nothing_to_find_is_noticed(model: onnx.ModelProto, detector: DenseDetector) -> None:
+    """Of weights that are no numbers, file and detector agree that there are no boxes."""
+    broken = copy.deepcopy(detector)
+    torch.nn.init.constant_(broken.logits.bias, float("nan"))
+    set_bias(model, broken.logits.bias.tolist())
+    graph = DetectionGraph(copy.deepcopy(broken), SIZE, torch.float32)
+    parity = check_parity(model, graph, broken)
+    assert not parity.holds and parity.lost == 0
+    assert "finds nothing that could be compared" in onnx_file.misfit(Path("m.onnx"), parity)
+
+
+def check_that_a_lost_box_is_noticed(model: onnx.ModelProto, detector: DenseDetector) -> None:
     graph = DetectionGraph(copy.deepcopy(detector), SIZE, torch.float32)
     assert check_parity(model, graph, detector).holds
     [limit] = [node for node in model.graph.node if node.op_type == "NonMaxSuppression"]
@@ -134,13 +145,10 @@ def test_torchvisions_detector(tmp_path: Path) -> None:
 
 @pytest.fixture
 def sabotaged(exported: Export, monkeypatch: pytest.MonkeyPatch) -> DenseDetector:
-    """A detector whose file would come out with one wrong number."""
+    """A detector whose file would come out with wrong numbers."""
     detector, written = exported("fcos_r18")
     model = onnx.load(written.path)
-    [bias] = [t for t in model.graph.initializer if t.name.endswith(".logits.bias")]
-    values = numpy_helper.to_array(bias).copy()
-    values[1] += 0.05
-    bias.CopyFrom(numpy_helper.from_array(values, bias.name))
+    set_bias(model, [value + 0.05 for value in detector.logits.bias.tolist()])
     monkeypatch.setattr(onnx_file, "_trace", lambda graph, opset: model)
     return detector
 
@@ -151,14 +159,28 @@ def test_a_file_that_differs_is_not_written(sabotaged: DenseDetector, tmp_path: 
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_file_that_does_not_run_is_not_written(
+    exported: Export, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    detector, written = exported("fcos_r18")
+    model = onnx.load(written.path)
+    model.graph.node[3].op_type = "Unheard"
+    monkeypatch.setattr(onnx_file, "_trace", lambda graph, opset: model)
+    with pytest.raises(UserError, match=r"onnxruntime .* does not run the file of fcos_r18"):
+        export_onnx(detector, tmp_path / "model.onnx")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_numbers_that_are_none_are_noticed(exported: Export) -> None:
     detector, written = exported("fcos_r18")
     model = onnx.load(written.path)
-    [bias] = [t for t in model.graph.initializer if t.name.endswith(".logits.bias")]
-    values = numpy_helper.to_array(bias).copy()
-    values[0] = float("nan")
-    bias.CopyFrom(numpy_helper.from_array(values, bias.name))
+    set_bias(model, [float("nan")] * 3)
     assert not check_parity(model, RawGraph(copy.deepcopy(detector), SIZE), detector).holds
+
+
+def set_bias(model: onnx.ModelProto, values: list[float]) -> None:
+    [bias] = [one for one in model.graph.initializer if one.name.endswith(".logits.bias")]
+    bias.CopyFrom(numpy_helper.from_array(torch.tensor(values).numpy(), bias.name))
 
 
 def without_onnxscript(monkeypatch: pytest.MonkeyPatch) -> None:

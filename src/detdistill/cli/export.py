@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -13,13 +12,6 @@ from detdistill.cli.using import DetectorName, Weights
 
 if TYPE_CHECKING:
     from detdistill.export import Exported
-
-
-class Pixels(StrEnum):
-    """Types of the images that the file takes."""
-
-    uint8 = "uint8"
-    float32 = "float32"
 
 
 def export(
@@ -33,7 +25,9 @@ def export(
     nms: Annotated[
         bool, typer.Option("--nms", help="Final detections instead of all boxes.")
     ] = False,
-    pixels: Annotated[Pixels, typer.Option("--input", help="Type of the images.")] = Pixels.uint8,
+    pixels: Annotated[
+        Literal["uint8", "float32"], typer.Option("--input", help="Type of the images.")
+    ] = "uint8",
     opset: Annotated[
         int | None, typer.Option("--opset", metavar="N", help="If not the lowest that fits.")
     ] = None,
@@ -49,7 +43,7 @@ def export(
 
     model = load(weights, detector)
     typer.echo(f"{model.name}: exporting, then comparing it with PyTorch")
-    _tell(export_onnx(model, out, size=size, nms=nms, input_type=pixels.value, opset=opset))
+    _tell(export_onnx(model, out, size=size, nms=nms, input_type=pixels, opset=opset))
 
 
 def _tell(exported: Exported) -> None:

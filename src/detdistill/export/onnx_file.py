@@ -104,7 +104,7 @@ def export_onnx(
     _describe(model, original, graph)
     parity = check_parity(model, graph, original)
     if not parity.holds:
-        raise UserError(_differs(path, parity))
+        raise UserError(misfit(path, parity))
     _write(path, model.SerializeToString())
     inputs, outputs = (
         {value.name: _type_of(value) for value in values}
@@ -209,7 +209,13 @@ def _score_rule(detector: DenseDetector) -> str:
     return f"square root of {product}" if isinstance(detector, TorchvisionView) else product
 
 
-def _differs(path: Path, parity: Parity) -> str:
+def misfit(path: Path, parity: Parity) -> str:
+    """Why a file was not written."""
+    if parity.compared == 0:
+        return (
+            f"{path} was not written, because the detector finds nothing that could be compared: "
+            f"look at what it predicts first"
+        )
     return (
         f"{path} was not written, because ONNX Runtime and PyTorch differ: by {parity.boxes:.2g} "
         f"pixels (at most {BOX_TOLERANCE} expected), by {parity.scores:.2g} in scores (at most "

@@ -14,6 +14,7 @@ from torchvision.transforms.v2 import functional as image_ops
 from detdistill.boxes import has_area
 from detdistill.data.synthetic import draw_scene
 from detdistill.detectors import DenseDetector
+from detdistill.errors import UserError
 from detdistill.export.graph import SCORE_THRESHOLD, DetectionGraph, RawGraph
 from detdistill.structures import Batch, DenseOutput, Detections
 
@@ -49,7 +50,7 @@ class Parity:
     def holds(self) -> bool:
         """Whether rounding explains the differences."""
         close = self.boxes <= BOX_TOLERANCE and self.scores <= SCORE_TOLERANCE
-        return close and self.lost <= self.compared // ONE_IN
+        return close and self.compared > 0 and self.lost <= self.compared // ONE_IN
 
     def saw(self, boxes: float, scores: float) -> None:
         """Counts one more difference in; unlike Python's `max`, what is no number stays."""
@@ -142,11 +143,18 @@ def run_file(model: ModelProto, images: Tensor, sizes: Tensor) -> list[Tensor]:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     options.log_severity_level = 3  # errors
-    session = onnxruntime.InferenceSession(
-        model.SerializeToString(), options, providers=["CPUExecutionProvider"]
-    )
     given = {"images": images.numpy(), "sizes": sizes.numpy()}
-    return [torch.from_numpy(output) for output in session.run(None, given)]
+    try:
+        session = onnxruntime.InferenceSession(
+            model.SerializeToString(), options, providers=["CPUExecutionProvider"]
+        )
+        return [torch.from_numpy(output) for output in session.run(None, given)]
+    except Exception as error:  # its own kinds of errors have no common base
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(
+            f"onnxruntime {onnxruntime.__version__} does not run the file of {model.graph.name}, "
+            f"so it was not written ({reason}); try a newer onnxruntime, or a lower opset"
+        ) from error
 
 
 def _passed_by_enough(output: DenseOutput) -> float:
