@@ -248,8 +248,9 @@ def test_a_non_finite_loss_stops_the_run_and_keeps_the_checkpoint(recipe, tmp_pa
     monkeypatch.setattr(Distiller, "forward", poisoned)
     with pytest.raises(UserError, match=r"task/box is nan at step 2, images \[") as error:
         train(recipe(checkpoint_every=1), out)
-    assert "last.ckpt" in str(error.value)
-    assert torch.load(out / "last.ckpt", weights_only=True)["step"] == 2
+    assert "the last good checkpoint is" in str(error.value)
+    # Not 2: it was the loss of these weights that was not finite.
+    assert torch.load(out / "last.ckpt", weights_only=True)["step"] == 1
     assert not (out / "model.safetensors").exists()
 
 
@@ -267,6 +268,40 @@ def test_weights_that_exploded_never_replace_a_good_checkpoint(recipe, tmp_path,
         train(recipe(checkpoint_every=1), out)
     assert torch.load(out / "last.ckpt", weights_only=True)["step"] == 1
     assert not (out / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize("max_steps", [2, 6])
+def test_a_checkpoint_counts_when_its_loss_was_finite(recipe, tmp_path, monkeypatch, max_steps):
+    """A huge step leaves finite weights, of which only the next loss shows what they are."""
+    out, step, steps = tmp_path / "run", torch.optim.SGD.step, []
+
+    def explode(optimizer, *args, **kwargs):
+        step(optimizer, *args, **kwargs)
+        steps.append(len(steps))
+        if len(steps) == 2:
+            for parameter in optimizer.param_groups[0]["params"]:
+                parameter.data.mul_(1e30)
+
+    monkeypatch.setattr(torch.optim.SGD, "step", explode)
+    with pytest.raises(UserError, match=r"is nan at step 2, images .* last good checkpoint is"):
+        train(recipe(checkpoint_every=1, max_steps=max_steps), out)
+    assert torch.load(out / "last.ckpt", weights_only=True)["step"] == 1
+    assert not (out / "last.ckpt.tmp").exists() and not (out / "model.safetensors").exists()
+
+
+def test_a_run_that_explodes_at_once_has_no_checkpoint_to_name(recipe, tmp_path, monkeypatch):
+    monkeypatch.setattr(Distiller, "forward", lambda *_: {"task/box": torch.tensor(float("nan"))})
+    with pytest.raises(
+        UserError, match=r"task/box is nan at step 0, .* there is no checkpoint yet"
+    ):
+        train(recipe(), tmp_path / "run")
+
+
+def test_the_loss_after_the_last_step_leaves_no_trace(recipe, tmp_path, monkeypatch):
+    train(recipe(max_steps=2), tmp_path / "seen")
+    monkeypatch.setattr(engine, "_prove", lambda run, batch: run.keep_checkpoint())
+    train(recipe(max_steps=2), tmp_path / "unseen")
+    assert_same_weights(tmp_path / "seen", tmp_path / "unseen")
 
 
 def test_faults_are_listed_in_full(recipe, tmp_path, data):

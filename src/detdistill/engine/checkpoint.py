@@ -34,12 +34,36 @@ def write_json(path: Path, value: dict[str, Any]) -> None:
 
 def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
     """Replaces a checkpoint atomically; a power cut leaves the old one."""
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("wb") as file:
+    write_next_checkpoint(path, state)
+    keep_next_checkpoint(path)
+
+
+def write_next_checkpoint(path: Path, state: dict[str, Any]) -> None:
+    """Writes a checkpoint beside the old one, which stays until `keep_next_checkpoint`."""
+    with _next(path).open("wb") as file:
         torch.save(state, file)
         file.flush()
         os.fsync(file.fileno())
-    os.replace(temporary, path)
+
+
+def keep_next_checkpoint(path: Path) -> None:
+    """Replaces the old checkpoint by the one that was written beside it."""
+    os.replace(_next(path), path)
+
+
+def drop_next_checkpoint(path: Path) -> None:
+    """Removes what `write_next_checkpoint` wrote, if it is still there."""
+    _next(path).unlink(missing_ok=True)
+
+
+def _next(path: Path) -> Path:
+    return path.with_name(path.name + ".tmp")
+
+
+def last_good(out: Path) -> str:
+    """Where a run that exploded can be taken up, for a sentence."""
+    path = out / "last.ckpt"
+    return f"the last good checkpoint is {path}" if path.exists() else "there is no checkpoint yet"
 
 
 def load_checkpoint(path: Path) -> dict[str, Any] | None:

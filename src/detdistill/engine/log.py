@@ -21,7 +21,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from detdistill.engine.checkpoint import write_text
+from detdistill.engine.checkpoint import last_good, write_text
 from detdistill.errors import UserError
 
 ZERO_STEPS = 50
@@ -79,9 +79,9 @@ class TermWindow:
         for name, value in weighted.items():
             if not math.isfinite(value):
                 raise UserError(
-                    f"{name} is {value} at step {step}, images {list(image_ids)}; the last good "
-                    f"checkpoint is {self.out / 'last.ckpt'}; try a lower lr or clip_norm, and "
-                    f"look at these images' boxes"
+                    f"{name} is {value} at step {step}, images {list(image_ids)}; "
+                    f"{last_good(self.out)}; try a lower lr or clip_norm, and look at these "
+                    f"images' boxes"
                 )
         for name, value in raw.items():
             before = self._sums.get(name, (0.0, 0.0))

@@ -16,9 +16,12 @@ from detdistill.detectors import save_detector
 from detdistill.distill import Distiller, Method
 from detdistill.engine.build import Parts
 from detdistill.engine.checkpoint import (
-    save_checkpoint,
+    drop_next_checkpoint,
+    keep_next_checkpoint,
+    last_good,
     unusable_checkpoint,
     write_json,
+    write_next_checkpoint,
     write_text,
 )
 from detdistill.engine.log import MetricsFile, RunDisplay, TermWindow
@@ -76,6 +79,7 @@ class Run:
     ) -> None:
         """Sets up the models, and goes on from the state of a checkpoint if there is one."""
         self.recipe, self.out, self.fabric, self.parts = recipe, out, fabric, parts
+        self._checkpoint, self._unproven = out / "last.ckpt", False
         self.distiller: Distiller = parts.distiller
         if recipe.channels_last:
             self.distiller.to(memory_format=torch.channels_last)
@@ -91,7 +95,7 @@ class Run:
             try:
                 self._restore(state)
             except (KeyError, TypeError, ValueError, RuntimeError) as error:
-                raise unusable_checkpoint(out / "last.ckpt", type(error).__name__) from None
+                raise unusable_checkpoint(self._checkpoint, type(error).__name__) from None
         self.metrics: MetricsFile | None = None
         self.window = TermWindow(out)
         title = "/".join(out.parts[-2:])
@@ -216,7 +220,11 @@ class Run:
         save_detector(self.distiller.student, path, provenance=provenance)
 
     def _save(self) -> None:
-        """The resume checkpoint: student, adapters, optimiser, random state."""
+        """The resume checkpoint: student, adapters, optimiser, random state.
+
+        It is the next one until `keep_checkpoint`: weights can be finite and yet such that their
+        loss is not.
+        """
         state = {
             "step": self.step,
             "seconds": self.seconds,
@@ -230,17 +238,29 @@ class Run:
             "inputs": self.parts.inputs,
         }
         if self.speaks:
-            save_checkpoint(self.out / "last.ckpt", state)
+            write_next_checkpoint(self._checkpoint, state)
+            self._unproven = True
+
+    def keep_checkpoint(self) -> None:
+        """Called when the loss of the present weights was finite: they are worth keeping."""
+        if self._unproven:
+            keep_next_checkpoint(self._checkpoint)
+            self._unproven = False
             self._write_status(done=False)
+
+    def close(self) -> None:
+        """Ends the display; a checkpoint whose loss was never seen goes."""
+        self.display.close()
+        if self._unproven:
+            drop_next_checkpoint(self._checkpoint)
 
     def _refuse_non_finite(self) -> None:
         """A good checkpoint is never replaced by weights that an exploded step left."""
         for name, value in self.distiller.state_dict().items():
             if isinstance(value, torch.Tensor) and not value.isfinite().all():
                 raise UserError(
-                    f"{name} is no longer finite after step {self.step}; the last good checkpoint "
-                    f"is {self.out / 'last.ckpt'}, if one was due before; start again with a "
-                    f"lower lr or clip_norm"
+                    f"{name} is no longer finite after step {self.step}; {last_good(self.out)}; "
+                    f"try a lower lr or clip_norm"
                 )
 
     def _restore(self, state: dict[str, Any]) -> None:

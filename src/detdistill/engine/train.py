@@ -54,7 +54,7 @@ def train(recipe: Recipe, out: Path, *, resume: bool = False) -> RunResult:
         run.open_metrics()
         return run.finish() if run.step >= run.total_steps else _loop(run)
     finally:
-        run.display.close()
+        run.close()
 
 
 def _loop(run: Run) -> RunResult:
@@ -71,6 +71,7 @@ def _loop(run: Run) -> RunResult:
             seconds = time.perf_counter() - start
             run.seconds += seconds
             run.report(rate, run.recipe.batch_size / seconds)
+        _prove(run, next(batches))
     run.compare_with_teacher()
     return run.finish()
 
@@ -83,6 +84,7 @@ def _optimize(run: Run, batches: Iterator[Batch]) -> float:
         group["lr"] = rate
     for micro in range(recipe.accumulate):
         _backward(run, next(batches), last=micro == recipe.accumulate - 1)
+    run.keep_checkpoint()  # the losses of its weights were finite
     for warning in run.window.end_step():
         run.display.say(f"warning: {warning}")
     if recipe.clip_norm is not None:
@@ -96,12 +98,31 @@ def _optimize(run: Run, batches: Iterator[Batch]) -> float:
 
 def _backward(run: Run, batch: Batch, last: bool) -> None:
     """Forward, guards, backward of one micro batch."""
+    with run.fabric.no_backward_sync(run.module, enabled=not last):
+        terms = _forward(run, batch)
+        run.fabric.backward(torch.stack(list(terms.values())).sum() / run.recipe.accumulate)
+
+
+def _forward(run: Run, batch: Batch) -> dict[str, torch.Tensor]:
+    """The weighted terms of a micro batch; `UserError` where one is not finite."""
     batch = place(batch, run.recipe, run.fabric.device)
     run.distiller.iteration = run.step
-    with run.fabric.no_backward_sync(run.module, enabled=not last):
-        terms: dict[str, torch.Tensor] = run.module(batch)
-        _watch(run, terms, batch.image_ids)
-        run.fabric.backward(torch.stack(list(terms.values())).sum() / run.recipe.accumulate)
+    terms: dict[str, torch.Tensor] = run.module(batch)
+    _watch(run, terms, batch.image_ids)
+    return terms
+
+
+@torch.no_grad()
+def _prove(run: Run, batch: Batch) -> None:
+    """Sees the loss after the last update, as the next step does after every other.
+
+    It leaves no trace: statistics of BatchNorm, which it moves, are put back.
+    """
+    buffers = {name: buffer.clone() for name, buffer in run.distiller.named_buffers()}
+    _forward(run, batch)
+    for name, buffer in run.distiller.named_buffers():
+        buffer.copy_(buffers[name])
+    run.keep_checkpoint()
 
 
 def place(batch: Batch, recipe: Recipe, device: torch.device) -> Batch:
