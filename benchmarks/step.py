@@ -13,7 +13,6 @@ import argparse
 import time
 from collections.abc import Callable
 from functools import partial
-from statistics import median
 from typing import Any
 
 import torch
@@ -24,6 +23,7 @@ from torchvision.models.detection import RetinaNet
 from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
 from torchvision.ops.feature_pyramid_network import LastLevelP6P7
 
+from common import Clock, make_batch
 from detdistill import Batch, CrossKD, Distiller, create_detector
 
 TORCHVISION = {"r18": "resnet18", "r34": "resnet34", "r50": "resnet50"}
@@ -44,45 +44,17 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def make_batch(options: argparse.Namespace) -> Batch:
-    generator = torch.Generator().manual_seed(0)
-    shape = (options.batch, 3, options.size, options.size)
-    images = torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
-    targets = []
-    for _ in range(options.batch):
-        low = torch.rand(options.boxes, 2, generator=generator) * options.size * 0.6
-        side = torch.rand(options.boxes, 2, generator=generator) * options.size * 0.35 + 16
-        boxes = torch.cat((low, low + side), 1).clamp(max=options.size)
-        labels = torch.randint(0, options.classes, (options.boxes,), generator=generator)
-        targets.append({"boxes": boxes, "labels": labels})
-    return Batch(images, [(options.size, options.size)] * options.batch, targets)
-
-
-class Clock:
-    """Seconds by name, with the device's queue emptied."""
+class DeviceClock(Clock):
+    """Wall time, with the device's queue emptied."""
 
     def __init__(self, device: str) -> None:
+        super().__init__()
         self.device = device
-        self.seconds: dict[str, list[float]] = {}
 
     def now(self) -> float:
         if self.device == "cuda":
             torch.cuda.synchronize()
         return time.perf_counter()
-
-    def run(self, name: str, function: Callable[[], Any]) -> Any:
-        start = self.now()
-        result = function()
-        self.seconds.setdefault(name, []).append(self.now() - start)
-        return result
-
-    def watch(self, owner: object, method: str, name: str) -> None:
-        """Adds up the time of every call of a method under `name`."""
-        inner = getattr(owner, method)
-        setattr(owner, method, lambda *a, **k: self.run(name, lambda: inner(*a, **k)))
-
-    def milliseconds(self, name: str) -> float:
-        return 1000 * median(self.seconds[name])
 
 
 class Contender:
@@ -93,7 +65,7 @@ class Contender:
         parameters = [p for p in module.parameters() if p.requires_grad]
         self.optimizer = torch.optim.SGD(parameters, lr=1e-4, momentum=0.9)
 
-    def step(self, batch: Batch, precision: str, clock: Clock, split: bool) -> None:
+    def step(self, batch: Batch, precision: str, clock: DeviceClock, split: bool) -> None:
         with torch.autocast(clock.device, torch.bfloat16, enabled=precision == "bf16"):
             loss = torch.stack(list(self.forward(batch).values())).sum()
         if split:
@@ -141,9 +113,12 @@ def make_contenders(
     return contenders, distiller
 
 
-def measure(options: argparse.Namespace, precision: str, layout: torch.memory_format) -> Clock:
-    clock = Clock(options.device)
-    batch = make_batch(options).to(options.device)
+def measure(
+    options: argparse.Namespace, precision: str, layout: torch.memory_format
+) -> DeviceClock:
+    clock = DeviceClock(options.device)
+    batch = make_batch(options.batch, options.size, options.classes, options.boxes)
+    batch = batch.to(options.device)
     batch = Batch(batch.images.contiguous(memory_format=layout), batch.sizes, batch.targets)
     contenders, distiller = make_contenders(options, layout)
 
@@ -170,7 +145,7 @@ def measure(options: argparse.Namespace, precision: str, layout: torch.memory_fo
 
 
 def split_distillation(
-    clock: Clock,
+    clock: DeviceClock,
     contender: Contender,
     distiller: Distiller,
     batch: Batch,

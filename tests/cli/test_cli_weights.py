@@ -129,5 +129,5 @@ def test_list_checkpoints(run: Run) -> None:
     assert code == 0
     lines = out.splitlines()
     assert [line.split()[0] for line in lines][-1] == "head_retinanet_r18"
-    assert all("(address not verified)" in line for line in lines)
+    assert all("not fetched, see https://drive.google.com/drive/folders/" in line for line in lines)
     assert "AP 36.1" in lines[-1] and "Next: detdistill fetch NAME" in err

@@ -92,8 +92,11 @@ def test_without_a_network_it_says_what_to_do(server, error, reason, tmp_path):
 
 
 def test_unverified_addresses_and_unknown_names(tmp_path):
-    with pytest.raises(UserError, match=r"could not be verified.*load_detector\('gfl_r50', FILE\)"):
+    page = r"save it from https://drive.google.com/\S+, then load_detector\('gfl_r50', FILE\)"
+    with pytest.raises(UserError, match=f"no hash is published.*{page}"):
         zoo.fetch("crosskd_gfl_r50", tmp_path)
+    with pytest.raises(UserError, match="no address of this file could be verified; ask its"):
+        zoo.fetch("head_teacher_cascade_rcnn_r50", tmp_path)
     with pytest.raises(UserError, match="did you mean 'gfl_r50_fpn_1x_coco'"):
         zoo.fetch("gfl_r50_fpn_1x", tmp_path)
 
@@ -103,12 +106,16 @@ def test_the_list():
     assert len(set(names)) == len(names)
     # The hashes that the papers' released configurations name.
     published = "dd12f847 25944287 5560aee8 c2398f9e 511424d6 dfcadd6f e10bd31c 91babaa2 88476508"
+    published += " fdb43119 d92ceeea 985f7bd0"
     assert {c.digest for c in zoo.CHECKPOINTS if c.file} == set(published.split())
     for checkpoint in zoo.CHECKPOINTS:
         assert (checkpoint.address is None) == (checkpoint.file is None)
+        assert checkpoint.file is None or checkpoint.page is None
         if checkpoint.file:
             assert re.fullmatch(r"[0-9a-f]{8}", checkpoint.digest)
             assert "+" not in checkpoint.address
+    pages = [c.page for c in zoo.CHECKPOINTS if c.page and "/file/" in c.page]
+    assert len(set(pages)) == len(pages) == 10
     assert [c.name for c in zoo.list_checkpoints("atss_r101")] == ["atss_r101_fpn_1x_coco"]
     assert {c.detector.split("_")[0] for c in zoo.list_checkpoints("gfl*")} == {"gfl"}
     known = [c for c in zoo.CHECKPOINTS if c.detector.startswith(tuple(FAMILIES.names()))]

@@ -153,7 +153,7 @@ def _names(kind: Kind, pattern: str) -> tuple[list[str], str]:
 
 
 def _checkpoints(pattern: str) -> list[str]:
-    """A line each: name, detector, published AP, what it is, its file or why there is none."""
+    """A line each: name, detector, published AP, what it is, its file or the page that has it."""
     from detdistill.detectors.zoo import list_checkpoints
     from detdistill.study.table import aligned
 
@@ -163,7 +163,7 @@ def _checkpoints(pattern: str) -> list[str]:
             c.detector,
             "AP -" if c.ap is None else f"AP {c.ap}",
             c.role,
-            c.file or "(address not verified)",
+            c.file or (f"not fetched, see {c.page}" if c.page else "no address known"),
         ]
         for c in list_checkpoints(pattern)
     ]

@@ -17,6 +17,7 @@ from detdistill.errors import UserError
 from detdistill.registry import nearest
 
 OPENMMLAB = "https://download.openmmlab.com/mmdetection/v2.0/"
+DRIVE = "https://drive.google.com/"
 TIMEOUT = 30  # seconds without an answer
 CHUNK = 1 << 20  # bytes
 
@@ -30,9 +31,10 @@ class Checkpoint:
         detector: what `load_detector` builds from it.
         role: which paper used it and as what.
         ap: published COCO AP on val2017, 0..100; None where none was found.
-        folder: between the owner's server and the file; None where no address was verified, which
-            holds for all students: their files are on the authors' own pages.
+        folder: between OpenMMLab's server and the file; None where the file is elsewhere.
         file: ends with "-" and the first 8 digits of its SHA-256; None where it is not known.
+        page: for a browser, where the authors' README links the file; without a hash, so that
+            nothing could verify a download. None where no link was found.
     """
 
     name: str
@@ -41,6 +43,7 @@ class Checkpoint:
     ap: float | None
     folder: str | None = None
     file: str | None = None
+    page: str | None = None
 
     @property
     def address(self) -> str | None:
@@ -68,6 +71,20 @@ def _openmmlab(
     """A file of MMDetection's list; the address is as its metafiles and README files have it."""
     file = f"{stem or name}{ending}.pth"
     return Checkpoint(name, detector, role, ap, f"{family}/{name}", file)
+
+
+def _crosskd(name: str, detector: str, ap: float, file_id: str) -> Checkpoint:
+    """A file that CrossKD's README links (https://github.com/jbwang1997/CrossKD)."""
+    role = "CrossKD teacher" if name.startswith("teacher") else "CrossKD student"
+    role = "CrossKD + PKD student" if name.startswith("pkd") else role
+    page = f"{DRIVE}file/d/{file_id}/view"
+    return Checkpoint(f"crosskd_{name}", detector, role, ap, page=page)
+
+
+def _head(name: str, detector: str, ap: float) -> Checkpoint:
+    """A file in the folder that HEAD's README links (https://github.com/LutingWang/HEAD)."""
+    page = f"{DRIVE}drive/folders/1cs9WWyBaZmstsKlwnMv7PE9ky-i98WUh"
+    return Checkpoint(f"head_{name}", detector, "HEAD student", ap, page=page)
 
 
 CHECKPOINTS: tuple[Checkpoint, ...] = (
@@ -144,23 +161,50 @@ CHECKPOINTS: tuple[Checkpoint, ...] = (
         39.5,
         "_20210718_220633-88476508",
     ),
-    Checkpoint("crosskd_teacher_retinanet_swin_t", "retinanet_swin_t", "CrossKD teacher", 37.3),
+    _openmmlab(
+        "retinanet",
+        "retinanet_r50_fpn_2x_coco",
+        "retinanet_r50",
+        "CrossKD, student without a teacher",
+        37.4,
+        "_20200131-fdb43119",
+    ),
+    _openmmlab(
+        "fcos",
+        "fcos_r50_caffe_fpn_gn-head_mstrain_640-800_2x_coco",
+        "fcos_r50_caffe_gn",
+        "CrossKD, student without a teacher",
+        38.5,
+        "-d92ceeea",
+    ),
+    _openmmlab(
+        "atss",
+        "atss_r50_fpn_1x_coco",
+        "atss_r50",
+        "CrossKD, student without a teacher",
+        39.4,
+        "_20200209-985f7bd0",
+    ),
+    # MMDetection's list has no Cascade R-CNN of this schedule; the authors' own is not linked.
     Checkpoint("head_teacher_cascade_rcnn_r50", "cascade_rcnn_r50", "HEAD teacher", None),
-    Checkpoint("crosskd_gfl_r50", "gfl_r50", "CrossKD student", 43.7),
-    Checkpoint("crosskd_retinanet_r50", "retinanet_r50", "CrossKD student", 39.7),
-    Checkpoint("crosskd_fcos_r50", "fcos_r50_caffe_gn", "CrossKD student", 41.1),
-    Checkpoint("crosskd_atss_r50", "atss_r50", "CrossKD student", 41.8),
-    Checkpoint("crosskd_retinanet_r50_swin_t", "retinanet_r50", "CrossKD student", 38.0),
-    Checkpoint("head_assistant_retinanet_r18", "retinanet_r18", "HEAD student", 33.4),
-    Checkpoint("head_akd_retinanet_r18", "retinanet_r18", "HEAD student", 35.7),
-    Checkpoint("head_retinanet_r18", "retinanet_r18", "HEAD student", 36.1),
-    Checkpoint(
-        "head_assistant_retinanet_mobilenetv2", "retinanet_mobilenetv2_head", "HEAD student", 28.9
+    _crosskd(
+        "teacher_retinanet_swin_t", "retinanet_swin_t", 37.3, "1W2KGR77XfQ5SRomgIyxCjqUNGJichcgh"
     ),
-    Checkpoint(
-        "head_akd_retinanet_mobilenetv2", "retinanet_mobilenetv2_head", "HEAD student", 32.2
-    ),
-    Checkpoint("head_retinanet_mobilenetv2", "retinanet_mobilenetv2_head", "HEAD student", 33.1),
+    _crosskd("gfl_r50", "gfl_r50", 43.7, "1S7fyDkFSAauJry0ZGS-ZW-P3CJb7RlsO"),
+    _crosskd("retinanet_r50", "retinanet_r50", 39.7, "1fjwtuoKd4a_b5CHf6X0tKDmSNlwzYfWb"),
+    _crosskd("fcos_r50", "fcos_r50_caffe_gn", 41.1, "1ll5vOGFMEfOsNCkgbPuqh0uMNFnfICbE"),
+    _crosskd("atss_r50", "atss_r50", 41.8, "1qyxOMaxQrwJ20tEgIwU8pi31O8A1hsEG"),
+    _crosskd("retinanet_r50_swin_t", "retinanet_r50", 38.0, "17rbkcXgqKfVUweRgzK7NtqFcLC-PohKX"),
+    _crosskd("pkd_gfl_r50", "gfl_r50", 43.9, "1LJZ27al2omdXb3cUty-RX37pMLp8L-4B"),
+    _crosskd("pkd_retinanet_r50", "retinanet_r50", 39.8, "1Ha9r5DrzaZ_9tz8x9PVxOkGaKAApIBGd"),
+    _crosskd("pkd_fcos_r50", "fcos_r50_caffe_gn", 41.3, "1r-UzxAOYOfPJFIV5e7Rd3P3uC9gXP09v"),
+    _crosskd("pkd_atss_r50", "atss_r50", 41.8, "1LkuKau1Na843ZPSNz77DqV8v8111b2_y"),
+    _head("assistant_retinanet_r18", "retinanet_r18", 33.4),
+    _head("akd_retinanet_r18", "retinanet_r18", 35.7),
+    _head("retinanet_r18", "retinanet_r18", 36.1),
+    _head("assistant_retinanet_mobilenetv2", "retinanet_mobilenetv2_head", 28.9),
+    _head("akd_retinanet_mobilenetv2", "retinanet_mobilenetv2_head", 32.2),
+    _head("retinanet_mobilenetv2", "retinanet_mobilenetv2_head", 33.1),
 )
 """AP as the papers' own releases quote it, else as MMDetection's list does."""
 
@@ -197,14 +241,11 @@ def fetch(
         progress: called with the bytes read so far and in all (None where the server does not say).
 
     Raises:
-        UserError: no such name, no verified address, no network, another file at the address.
+        UserError: no such name, no address to download from, no network, another file there.
     """
     checkpoint = find_checkpoint(name)
     if checkpoint.address is None or checkpoint.file is None:
-        raise UserError(
-            f"{name}: its address could not be verified and is left out; get the file from the "
-            f"authors' own page and load it: load_detector({checkpoint.detector!r}, FILE)"
-        )
+        raise UserError(_not_fetched(checkpoint))
     target = (folder or cache_folder()) / checkpoint.file
     if target.exists():
         with target.open("rb") as stream:
@@ -251,6 +292,19 @@ def _check(digest: str, checkpoint: Checkpoint, place: Path | str) -> None:
             f"{place}: the SHA-256 starts with {digest[:8]}, {checkpoint.name} has "
             f"{checkpoint.digest}; it is another file or a damaged one: delete it and fetch again"
         )
+
+
+def _not_fetched(checkpoint: Checkpoint) -> str:
+    if checkpoint.page is None:
+        return (
+            f"{checkpoint.name}: no address of this file could be verified; ask its authors for "
+            f"it, then load_detector({checkpoint.detector!r}, FILE) reads it"
+        )
+    return (
+        f"{checkpoint.name} is on a page for browsers, and no hash is published that could verify "
+        f"a download; save it from {checkpoint.page}, then "
+        f"load_detector({checkpoint.detector!r}, FILE) reads it"
+    )
 
 
 def _unreachable(checkpoint: Checkpoint, target: Path, error: Exception) -> str:

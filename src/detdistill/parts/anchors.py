@@ -98,13 +98,14 @@ def cells_on_image(pyramid: Pyramid, sizes: Sequence[tuple[int, int]], per_locat
 
     The published heads give such cells no label and no distillation.
     """
-    rows = []
-    for size in sizes:
-        padded = [-(-side // 32) * 32 for side in size]
-        levels = []
-        for level, stride in zip(pyramid, pyramid.strides, strict=True):
-            inside = torch.zeros(level.shape[-2:], dtype=torch.bool, device=level.device)
-            inside[: -(-padded[0] // stride), : -(-padded[1] // stride)] = True
-            levels.append(inside.flatten().repeat_interleave(per_location))
-        rows.append(torch.cat(levels))
-    return torch.stack(rows)
+    device = pyramid[0].device
+    padded = torch.tensor([[-(-side // 32) * 32 for side in size] for size in sizes], device=device)
+    levels = []
+    for level, stride in zip(pyramid, pyramid.strides, strict=True):
+        rows, columns = (
+            torch.arange(length, device=device) * stride < limit[:, None]
+            for length, limit in zip(level.shape[-2:], padded.T, strict=True)
+        )
+        inside = rows[:, :, None] & columns[:, None, :]
+        levels.append(inside.flatten(1).repeat_interleave(per_location, 1))
+    return torch.cat(levels, 1)
