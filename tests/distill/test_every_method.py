@@ -27,7 +27,14 @@ from tests.helpers import narrow
 FAMILY_NAMES = FAMILIES.names()
 LATER = 5000  # steps; beyond the warm-up of every method
 BODY = {"backbone", "fpn"}
-PARTS = (*BODY, "towers.cls", "towers.box", "rpn", "roi_heads")  # all else: "predictors"
+PARTS = (
+    "fpn",
+    "backbone",
+    "towers.cls",
+    "towers.box",
+    "rpn",
+    "roi_heads",
+)  # all else: "predictors"
 REACHED = {
     "crosskd": {"towers.cls", "towers.box"},
     "crosskd_roi": set(),
