@@ -5,7 +5,15 @@ import copy
 import pytest
 import torch
 
-from detdistill import CrossKD, Distiller, FeatureImitation, UserError, as_detector, create_method
+from detdistill import (
+    PKD,
+    CrossKD,
+    Distiller,
+    FeatureImitation,
+    UserError,
+    as_detector,
+    create_method,
+)
 from tests.detectors.test_views import BUILD, lively
 from tests.distill import handmade
 from tests.helpers import make_batch, narrow
@@ -30,7 +38,7 @@ def test_the_mean_of_each_level_summed_over_levels():
 
 
 @pytest.mark.parametrize("name", R18)
-@pytest.mark.parametrize("at", ["neck", "cls", "box"])
+@pytest.mark.parametrize("at", ["neck", "cls", "box", "towers"])
 @pytest.mark.parametrize("depth", [None, 0, 2])
 def test_the_gradient_reaches_exactly_the_part_before_the_maps(name, at, depth):
     if at == "neck" and depth is not None:
@@ -43,19 +51,47 @@ def test_the_gradient_reaches_exactly_the_part_before_the_maps(name, at, depth):
     for part in (student.backbone, student.fpn):
         assert any(p.grad is not None and p.grad.any() for p in part.parameters())
     for branch in ("cls", "box"):
-        reach = 0 if branch != at else 4 if depth is None else depth
+        reach = 0 if at not in (branch, "towers") else 4 if depth is None else depth
         for i, block in enumerate(student.towers[branch].blocks):
             assert (block.conv.weight.grad is not None) == (i < reach), (branch, i)
     assert student.logits.weight.grad is None
     assert all(p.grad is None for p in teacher.parameters())
 
 
-@pytest.mark.parametrize("options", [{}, {"at": "cls"}, {"at": "box", "depth": 3}])
+@pytest.mark.parametrize(
+    "options", [{}, {"at": "cls"}, {"at": "box", "depth": 3}, {"at": "towers"}]
+)
 def test_a_student_equal_to_its_teacher_has_nothing_to_learn(options):
     student = narrow().eval()
     method = {"feature": FeatureImitation(**options)}
     distiller = Distiller(student, copy.deepcopy(student), method).eval()
     assert distiller(make_batch())["feature/map"].item() == 0
+
+
+def test_patterns_of_the_neck_are_pkd():
+    student, teacher, batch = narrow().eval(), narrow(seed=1), make_batch()
+    methods = {"feature": FeatureImitation(difference="pattern"), "pkd": PKD(weight=1.0)}
+    losses = Distiller(student, teacher, methods).eval()(batch)
+    assert losses["feature/map"] == losses["pkd/feature"] > 0
+
+
+@pytest.mark.parametrize("difference", ["square", "pattern"])
+def test_both_towers_are_the_sum_of_each(difference):
+    losses = {}
+    for at in ("cls", "box", "towers"):
+        method = {"feature": FeatureImitation(at=at, difference=difference)}
+        distiller = Distiller(narrow().eval(), narrow(seed=1), method).eval()
+        losses[at] = distiller(make_batch())["feature/map"].item()
+    assert losses["towers"] == pytest.approx(losses["cls"] + losses["box"])
+
+
+def test_each_tower_has_its_adapters():
+    student = narrow(tower_channels=8)
+    distiller, loss = distil(student, narrow(seed=1), at="towers", adapter="per_level")
+    loss.backward()
+    adapters = distiller.methods["feature"].adapters
+    assert len(adapters) == 10 and all(a.weight.grad is not None for a in adapters)
+    assert len(distil(student, narrow(seed=1), at="towers")[0].methods["feature"].adapters) == 2
 
 
 def test_towers_are_compared_after_their_activation_whatever_others_ask_for():
@@ -161,7 +197,7 @@ def test_refusals():
         distil(narrow(), narrow(seed=1), at="cls", depth=5)
     with pytest.raises(UserError, match="needs a teacher"):
         Distiller(narrow(), None, {"feature": FeatureImitation()})
-    for option in ("at", "adapter"):
+    for option in ("at", "adapter", "difference"):
         with pytest.raises(UserError, match=f"feature: {option} is 'none'; expected '"):
             FeatureImitation(**{option: "none"})
         with pytest.raises(UserError, match=f"method 'feature', option {option}"):

@@ -18,8 +18,9 @@ from detdistill.distill.adapters import (
     projection,
     require_dense,
 )
-from detdistill.distill.assistants import require_own_head
+from detdistill.distill.assistants import require_own_head, tower_maps
 from detdistill.distill.method import METHODS, Method, Step
+from detdistill.distill.pkd import pattern_difference
 from detdistill.errors import UserError
 from detdistill.registry import check_choice
 from detdistill.structures import DenseOutput
@@ -27,18 +28,20 @@ from detdistill.structures import DenseOutput
 
 @METHODS.register("feature")
 class FeatureImitation(Method):
-    """Mean squared error between the maps of student and teacher, summed over the levels.
+    """Difference between the maps of student and teacher, summed over levels and towers.
 
     Term: `feature/map`. FitNet as HEAD (arXiv 2207.05345) compares with, which is also what HEAD
     becomes for equal detectors, is `FeatureImitation(adapter="per_level", transfer_head=True)`.
 
     Args:
         weight: factor of `feature/map`.
-        at: the pyramid ("neck") or a tower: "cls" or "box".
+        at: the pyramid ("neck") or a tower: "cls", "box" or, for both, "towers".
         depth: tower blocks before the maps, 0 (the pyramid) to the tower's depth; None takes the
             end of each tower.
-        adapter: "auto" is one 1x1 convolution for all levels, and only where widths differ;
-            "per_level" one for each level in any case.
+        difference: mean squared error, "square", or PKD's of standardised channels, "pattern",
+            which is what CrossKD (arXiv 2306.11369) compares with at each place.
+        adapter: "auto" is one 1x1 convolution for all levels of a place, and only where widths
+            differ; "per_level" one for each level in any case.
         transfer_head: the student's head starts with the teacher's weights.
     """
 
@@ -46,19 +49,23 @@ class FeatureImitation(Method):
         self,
         *,
         weight: float = 1.0,
-        at: Literal["neck", "cls", "box"] = "neck",
+        at: Literal["neck", "cls", "box", "towers"] = "neck",
         depth: int | None = None,
+        difference: Literal["square", "pattern"] = "square",
         adapter: Literal["auto", "per_level"] = "auto",
         transfer_head: bool = False,
     ) -> None:
         """The weight is that of HEAD's comparison."""
         super().__init__()
-        check_choice("feature: at", at, ("neck", "cls", "box"))
+        check_choice("feature: at", at, ("neck", "cls", "box", "towers"))
+        check_choice("feature: difference", difference, ("square", "pattern"))
         check_choice("feature: adapter", adapter, ("auto", "per_level"))
         if at == "neck" and depth is not None:
             raise UserError(f"feature: depth is {depth}, but the neck has none; set at, e.g. 'cls'")
         self.weights = {"map": weight}
         self.at, self.depth = at, depth
+        self.places = ("cls", "box") if at == "towers" else (at,)
+        self.difference = pattern_difference if difference == "pattern" else square_difference
         self.per_level, self.transfer_head = adapter == "per_level", transfer_head
         self.teacher_stage = "pyramid" if at == "neck" else "head"
 
@@ -68,11 +75,8 @@ class FeatureImitation(Method):
         self.levels = match_levels(student.strides, teacher.strides, "feature")
         self.depths = self._depth_in(student, "student"), self._depth_in(teacher, "teacher")
         widths = self._width_of(student, self.depths[0]), self._width_of(teacher, self.depths[1])
-        if self.per_level:
-            adapters: list[nn.Module] = [projection(*widths) for _ in self.levels]
-        else:
-            adapters = [channel_adapter(*widths)]
-        self.adapters = nn.ModuleList(adapters)
+        make, count = (projection, len(self.levels)) if self.per_level else (channel_adapter, 1)
+        self.adapters = nn.ModuleList(make(*widths) for _ in range(count * len(self.places)))
         if self.transfer_head:
             check_same_classes(student, teacher, "feature: transfer_head")
             copy_head(student, teacher)
@@ -100,19 +104,24 @@ class FeatureImitation(Method):
     def forward(self, step: Step) -> dict[str, Tensor]:
         """Raw term `map`."""
         assert step.teacher is not None
-        sides = zip((step.student, step.teacher), self.depths, strict=True)
-        found, wanted = (self._maps(output, depth) for output, depth in sides)
-        losses = [
-            F.mse_loss(self.adapters[i % len(self.adapters)](found[level]).float(), target.float())
-            for i, (level, target) in enumerate(zip(self.levels, wanted, strict=True))
-        ]
+        depths, losses = self.depths, []
+        each = len(self.adapters) // len(self.places)
+        for place, branch in enumerate(self.places):
+            found = _maps(step.student, branch, depths[0])
+            wanted = _maps(step.teacher, branch, depths[1])
+            for i, (level, target) in enumerate(zip(self.levels, wanted, strict=True)):
+                adapter = self.adapters[place * each + i % each]
+                losses.append(self.difference(adapter(found[level]), target))
         return {"map": torch.stack(losses).sum()}
 
-    def _maps(self, output: DenseOutput, depth: int) -> list[Tensor]:
-        if depth == 0:
-            return output.pyramid.levels
-        # Another method may have asked for maps before their activation; after it, ReLU is nothing.
-        return [F.relu(level[depth]) for level in output.towers[self.at]]
+
+def _maps(output: DenseOutput, branch: str, depth: int) -> list[Tensor]:
+    return tower_maps(output, branch, depth) if depth else output.pyramid.levels
+
+
+def square_difference(student: Tensor, teacher: Tensor) -> Tensor:
+    """Mean squared difference of two (B, C, H, W) maps; float32."""
+    return F.mse_loss(student.float(), teacher.float())
 
 
 def copy_head(student: FPNDetector, teacher: FPNDetector) -> None:
