@@ -12,7 +12,7 @@ from typing import Any
 
 from detdistill.data import open_dataset
 from detdistill.detectors import load_detector
-from detdistill.engine.checkpoint import write_json, write_text
+from detdistill.engine.checkpoint import exclusive, write_json, write_text
 from detdistill.evaluation.speed import latency_ms
 from detdistill.recipe import Recipe, read_yaml
 from detdistill.study.check import check_study, existing_teacher, teacher_file
@@ -64,7 +64,19 @@ def compare(
     settings: dict[str, Any] = {"teacher": teacher, "teacher_epochs": teacher_epochs}
     settings["inputs"] = inputs
     settings |= {"recipe": recipe.model_dump(), "methods": methods, "seeds": seeds}
-    study = _Study(Path(out), recipe, open_study(Path(out), settings), on_status)
+    with exclusive(Path(out)):
+        study = _Study(Path(out), recipe, open_study(Path(out), settings), on_status)
+        return _carry_out(study, teacher, teacher_epochs, methods, seeds)
+
+
+def _carry_out(
+    study: _Study,
+    teacher: str,
+    teacher_epochs: int | None,
+    methods: list[str],
+    seeds: list[int],
+) -> list[Arm]:
+    """Every run that is not done yet, then the report."""
     study.left = len(seeds) * (2 + len(methods)) + (teacher_file(teacher) is None)
     teacher_score, weights = study.teacher(teacher, teacher_epochs)
     scores: dict[str, list[RunScore]] = {}
@@ -73,7 +85,7 @@ def compare(
             scores.setdefault(name, []).append(score)
     arms = _with_latency(_arms(teacher_score, scores), study.taught_by(weights), study)
     _write(study, arms)
-    on_status(f"report: {study.out / 'report.html'}")
+    study.on_status(f"report: {study.out / 'report.html'}")
     return arms
 
 
