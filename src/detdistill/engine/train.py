@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import cast
 
 import torch
+from lightning_fabric import Fabric
 
 from detdistill.data import make_train_batches
 from detdistill.engine.build import build
@@ -20,7 +21,7 @@ from detdistill.engine.checkpoint import (
     load_checkpoint,
     start_run,
 )
-from detdistill.engine.distributed import all_image_ids, launch
+from detdistill.engine.distributed import all_image_ids, launch, one_voice
 from detdistill.engine.optim import learning_rate
 from detdistill.engine.run import Run, RunResult, finished_run
 from detdistill.recipe import Recipe
@@ -39,6 +40,11 @@ def train(recipe: Recipe, out: Path, *, resume: bool = False) -> RunResult:
         UserError: for unusable input, before anything is written; for a non-finite loss.
     """
     fabric = launch(recipe)
+    with one_voice():
+        return _train(recipe, out, resume, fabric)
+
+
+def _train(recipe: Recipe, out: Path, resume: bool, fabric: Fabric) -> RunResult:
     if fabric.is_global_zero:
         check_run(out, recipe, resume)
     finished: RunResult | None = fabric.broadcast(finished_run(out) if resume else None)
