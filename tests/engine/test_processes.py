@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,6 +11,7 @@ import time
 
 import pytest
 import torch
+from PIL import Image
 
 from detdistill import load_detector
 from detdistill.engine.train import train
@@ -92,3 +94,42 @@ def test_two_processes_give_the_losses_of_one(recipe, tmp_path):
     [published] = terms(tmp_path / "published")
     assert set(published) == {"task/cls", "task/box", "task/dfl", "crosskd/cls", "crosskd/box"}
     assert published["crosskd/cls"] > 0 and published["crosskd/box"] > 0
+
+
+def break_an_image(folder):
+    """One that looks whole, so that a single process finds it broken in the middle of its run."""
+    source = folder / "annotations" / "train.json"
+    values = json.loads(source.read_text())
+    entry = values["images"][5]
+    file = folder / "images" / entry["file_name"]
+    entry["file_name"] = "broken.png"
+    source.write_text(json.dumps(values))
+    Image.open(file).save(file.with_name("broken.png"))
+    content = file.with_name("broken.png").read_bytes()
+    middle = len(content) // 2
+    file.with_name("broken.png").write_bytes(content[:middle] + bytes(99) + content[middle + 99 :])
+    return "broken.png: the image is damaged"
+
+
+def occupy(out):
+    out.mkdir()
+    (out / "notes.txt").write_text("mine")
+    return "is no run folder and not empty"
+
+
+@pytest.mark.parametrize("found_by", ["the first process alone", "one in the middle"])
+def test_several_processes_say_one_sentence(recipe, data, tmp_path, found_by):
+    folder, out = shutil.copytree(data, tmp_path / "data"), tmp_path / "run"
+    sentence = occupy(out) if found_by == "the first process alone" else break_an_image(folder)
+    settings = recipe(data=str(folder), cache="none", devices=2, workers=1)
+    done = subprocess.run(
+        command(settings, out, tmp_path),
+        capture_output=True,
+        text=True,
+        env=environment(),
+        timeout=300,
+    )
+    told = [line for line in done.stderr.splitlines() if line.startswith("detdistill: ")]
+    assert done.returncode == 2
+    assert len(told) == 1 and sentence in told[0]
+    assert "Traceback" not in done.stderr

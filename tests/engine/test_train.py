@@ -8,6 +8,7 @@ import torch
 
 import detdistill.engine.train as engine
 from detdistill import Distiller, UserError, load_detector
+from detdistill.engine import checkpoint
 from detdistill.engine.log import MetricsFile, TermWindow
 from detdistill.engine.optim import learning_rate
 from detdistill.engine.train import train
@@ -370,6 +371,20 @@ def test_another_run_in_the_folder_is_refused(recipe, tmp_path):
     (tmp_path / "mine" / "notes.txt").write_text("keep")
     with pytest.raises(UserError, match="no run folder and not empty"):
         train(recipe(max_steps=1), tmp_path / "mine")
+
+
+def test_one_run_at_a_time_in_a_folder(recipe, tmp_path, monkeypatch):
+    out = tmp_path / "run"
+    settings = stopped_after_two(recipe, out, monkeypatch)
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    monkeypatch.setattr(checkpoint, "LOCK_TRIES", 1)
+    with (
+        checkpoint.exclusive(out),
+        pytest.raises(UserError, match="another process is writing there"),
+    ):
+        train(settings, out, resume=True)
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+    assert train(settings, out, resume=True).steps == 6
 
 
 def test_learning_rate(recipe):

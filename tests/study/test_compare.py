@@ -6,6 +6,7 @@ import shutil
 import pytest
 import yaml
 
+from detdistill.engine import checkpoint
 from detdistill.errors import UserError
 from tests.study.fabricated_study import TINY, run_study
 
@@ -184,6 +185,18 @@ def test_a_damaged_study_is_named(recipe, world, tmp_path):
     (out / "study.json").write_text('{"recipe"')
     with pytest.raises(UserError, match=r"study\.json: damaged"):
         run_study(recipe, out, seeds=[0])
+
+
+def test_one_study_at_a_time_in_a_folder(recipe, world, tmp_path, monkeypatch):
+    out = tmp_path / "study"
+    run_study(recipe, out, seeds=[0])
+    monkeypatch.setattr(checkpoint, "LOCK_TRIES", 1)
+    with (
+        checkpoint.exclusive(out),
+        pytest.raises(UserError, match="another process is writing there"),
+    ):
+        run_study(recipe, out, seeds=[0])
+    run_study(recipe, out, seeds=[0])
 
 
 def test_settings_that_change_no_result_may_change(recipe, world, tmp_path):

@@ -13,17 +13,8 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
-from detdistill.cli import (
-    analysis,
-    checks,
-    doctor,
-    export,
-    studies,
-    training,
-    using,
-    weights,
-)
-from detdistill.errors import UserError, UserNotice
+from detdistill.cli import analysis, doctor, export, studies, training, using, weights
+from detdistill.errors import UserError, UserNotice, is_first_here, tells
 
 
 class _Commands(TyperGroup):
@@ -36,11 +27,12 @@ class _Commands(TyperGroup):
                 _plain_notices()
                 return super().invoke(ctx)
         except UserError as error:
-            if checks.is_first_here():
+            if tells(error):
                 typer.echo(f"detdistill: {error}", err=True)
             raise typer.Exit(2) from None
         except KeyboardInterrupt:
-            typer.echo(f"\ndetdistill: {_how_to_continue(ctx.obj or [])}", err=True)
+            if is_first_here():
+                typer.echo(f"\ndetdistill: {_how_to_continue(ctx.obj or [])}", err=True)
             raise typer.Exit(130) from None
 
 
@@ -51,7 +43,7 @@ def _plain_notices() -> None:
     def tell(message: Any, category: Any, *place: Any) -> None:
         if not issubclass(category, UserNotice):
             show(message, category, *place)
-        elif checks.is_first_here():
+        elif is_first_here():
             typer.echo(f"detdistill: {message}", err=True)
 
     warnings.simplefilter("always", UserNotice)

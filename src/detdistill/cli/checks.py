@@ -55,11 +55,6 @@ def is_first_process() -> bool:
     return all(os.environ.get(name, "0") in ("", "0") for name in names)
 
 
-def is_first_here() -> bool:
-    """Whether this is the first process of its machine, which tells what is wrong there."""
-    return os.environ.get("LOCAL_RANK", "0") in ("", "0")
-
-
 def check_folder(out: Path, option: str = "--out") -> None:
     """Refuses a folder that cannot be made or written; nothing is made here.
 

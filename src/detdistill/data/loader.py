@@ -254,16 +254,19 @@ def _start_worker(worker: int) -> None:
     """Workers are the parallelism; Ctrl-C is the main process's to handle."""
     torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-
-
-def _end_with_parent() -> None:
-    """Ends this worker when its parent was killed.
-
-    The loader's own watch is not enough: a worker that writes a batch into a pipe that nobody
-    reads any more would wait for ever.
-    """
+    # The loader's own watch is not enough: a worker that writes a batch into a pipe that nobody
+    # reads any more would wait for ever.
     parent = multiprocessing.parent_process()
-    while parent is not None and os.getppid() == parent.pid:
-        time.sleep(0.5)
-    os._exit(1)
+    if parent is not None and parent.pid is not None:
+        end_with_parent(parent.pid)
+
+
+def end_with_parent(parent: int) -> None:
+    """From now on, ends this process when its parent has ended, however that came."""
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(0.5)
+        os._exit(2)
+
+    threading.Thread(target=watch, daemon=True).start()

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +17,8 @@ from detdistill.recipe import Recipe, dump_recipe, read_yaml
 
 # Settings that change how a run is carried out, not what comes out of it.
 FREE = {"workers", "cache", "log_every", "checkpoint_every", "eval_batch", "accelerator"}
+
+LOCK_TRIES = 6  # half a second apart
 
 STATE = {"step", "seconds", "best_ap", "val_ap", "teacher_ap"}
 STATE |= {"distiller", "optimizer", "precision", "random"}
@@ -115,12 +120,42 @@ def check_inputs(out: Path, state: dict[str, Any] | None, inputs: dict[str, str]
             )
 
 
-def start_run(out: Path, recipe: Recipe) -> None:
-    """Makes the run folder with its fully resolved recipe."""
+@contextmanager
+def exclusive(folder: Path) -> Iterator[None]:
+    """Makes a folder and keeps other runs and studies out of it; a killed process lets go of it."""
     try:
-        out.mkdir(parents=True, exist_ok=True)
-        write_text(out / "recipe.yaml", dump_recipe(recipe))
+        folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(
-            f"{out}: cannot be written ({error.strerror}); choose another --out"
+            f"{folder}: cannot be written ({error.strerror}); choose another --out"
         ) from None
+    if os.name != "posix":
+        yield  # folders cannot be locked there
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        _lock(handle, folder)
+        yield
+    finally:
+        os.close(handle)
+
+
+def _lock(handle: int, folder: Path) -> None:
+    import fcntl  # not everywhere
+
+    for _ in range(LOCK_TRIES):
+        try:
+            return fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:  # perhaps by workers of a killed run, which end within a second
+            time.sleep(0.5)
+        except OSError:
+            return  # a file system without locks
+    raise UserError(
+        f"{folder}: another process is writing there; wait until it ends, or choose another --out"
+    )
+
+
+def start_run(out: Path, recipe: Recipe, resume: bool) -> None:
+    """Writes the fully resolved recipe into the run folder, which `exclusive` made."""
+    check_run(out, recipe, resume)  # again: another run may have begun and ended in the meantime
+    write_text(out / "recipe.yaml", dump_recipe(recipe))

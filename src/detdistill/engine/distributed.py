@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
+import atexit
+import logging
 import os
-from collections.abc import Sequence
+import shutil
+import tempfile
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,11 +21,18 @@ from lightning_fabric import Fabric
 from lightning_fabric.plugins.precision import MixedPrecision, Precision
 from lightning_fabric.strategies.ddp import DDPStrategy
 
-from detdistill.errors import UserError
+from detdistill.data.loader import end_with_parent
+from detdistill.errors import UserError, is_first_here
 from detdistill.recipe import Recipe
 
 PATIENCE = timedelta(hours=3)
 """How long processes wait for each other: while the first evaluates on val, all others do."""
+
+
+MARK = "DETDISTILL_STOPPED"
+"""Environment variable: the file that the first process that has to stop makes."""
+
+GRACE = 2.0  # seconds, for the sentence of the process that had to stop
 
 
 class _KeepInputs:
@@ -70,6 +85,8 @@ def launch(recipe: Recipe) -> Fabric:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # or CUDA refuses
         torch.use_deterministic_algorithms(True)
     several = recipe.devices * recipe.nodes > 1
+    if several:
+        _end_together()
     fabric = Fabric(
         accelerator=device,
         devices=recipe.devices,
@@ -88,3 +105,60 @@ def all_image_ids(own: Sequence[int]) -> list[int]:
     gathered: list[list[int]] = [[] for _ in range(dist.get_world_size())]
     dist.all_gather_object(gathered, list(own))
     return [image_id for ids in gathered for image_id in ids]
+
+
+def _end_together() -> None:
+    """Of the processes that this one will start, or that it is one of, none survives the others."""
+    logging.getLogger("lightning_fabric").setLevel(logging.WARNING)  # a line per process otherwise
+    if "LOCAL_RANK" not in os.environ:
+        folder = Path(tempfile.mkdtemp(prefix="detdistill-"))
+        os.environ[MARK] = str(folder / "stopped")
+        atexit.register(shutil.rmtree, folder, ignore_errors=True)
+        threading.Thread(target=_end_with_the_others, args=(folder,), daemon=True).start()
+    elif MARK in os.environ and not is_first_here():
+        end_with_parent(os.getppid())
+
+
+def _end_with_the_others(folder: Path) -> None:
+    """The first process may wait for ever for one that had to stop."""
+    while not (folder / "stopped").exists():
+        time.sleep(0.5)
+    time.sleep(GRACE)
+    shutil.rmtree(folder, ignore_errors=True)
+    os._exit(2)
+
+
+@contextmanager
+def one_voice() -> Iterator[None]:
+    """Lets one process of a machine tell what is wrong, whichever finds it, and all of them end."""
+    mark = os.environ.get(MARK)
+    if mark is None:
+        yield
+        return
+    try:
+        yield
+    except UserError as error:
+        try:
+            Path(mark).touch(exist_ok=False)
+            error.told = False
+        except OSError:
+            error.told = True
+        _leave_last()
+        raise
+    except KeyboardInterrupt:
+        _leave_last()
+        raise
+    except RuntimeError:
+        if Path(mark).parent.exists() and not Path(mark).exists():
+            raise
+        # A collective call, whose other side had to stop.
+        _leave_last()
+        silent = UserError("another process of this run had to stop")
+        silent.told = True
+        raise silent from None
+
+
+def _leave_last() -> None:
+    """Lets the first process end first: its launcher kills it when another is gone."""
+    if not is_first_here():
+        atexit.register(time.sleep, 60)  # `end_with_parent` will not let it sleep as long

@@ -132,6 +132,10 @@ class RunDisplay:
                 console=self._console,
             )
             self._task = self._bar.add_task(title, total=total, completed=done, terms="")
+
+    def open(self) -> None:
+        """Shows the bar."""
+        if self._bar is not None:
             self._bar.start()
 
     def step(self, step: int, weighted: Mapping[str, float], images_per_second: float) -> None:

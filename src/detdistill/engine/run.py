@@ -101,10 +101,11 @@ class Run:
         title = "/".join(out.parts[-2:])
         self.display = RunDisplay(title, self.total_steps, self.step, quiet=not self.speaks)
 
-    def open_metrics(self) -> None:
-        """From here on the run writes into its folder."""
+    def open(self) -> None:
+        """From here on the run writes into its folder and shows how far it is."""
         if self.speaks:
             self.metrics = MetricsFile(self.out / "metrics.jsonl", self.step)
+        self.display.open()
 
     @property
     def speaks(self) -> bool:

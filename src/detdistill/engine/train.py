@@ -5,16 +5,23 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import closing
+from contextlib import closing, nullcontext
 from pathlib import Path
 from typing import cast
 
 import torch
+from lightning_fabric import Fabric
 
 from detdistill.data import make_train_batches
 from detdistill.engine.build import build
-from detdistill.engine.checkpoint import check_inputs, check_run, load_checkpoint, start_run
-from detdistill.engine.distributed import all_image_ids, launch
+from detdistill.engine.checkpoint import (
+    check_inputs,
+    check_run,
+    exclusive,
+    load_checkpoint,
+    start_run,
+)
+from detdistill.engine.distributed import all_image_ids, launch, one_voice
 from detdistill.engine.optim import learning_rate
 from detdistill.engine.run import Run, RunResult, finished_run
 from detdistill.recipe import Recipe
@@ -33,6 +40,11 @@ def train(recipe: Recipe, out: Path, *, resume: bool = False) -> RunResult:
         UserError: for unusable input, before anything is written; for a non-finite loss.
     """
     fabric = launch(recipe)
+    with one_voice():
+        return _train(recipe, out, resume, fabric)
+
+
+def _train(recipe: Recipe, out: Path, resume: bool, fabric: Fabric) -> RunResult:
     if fabric.is_global_zero:
         check_run(out, recipe, resume)
     finished: RunResult | None = fabric.broadcast(finished_run(out) if resume else None)
@@ -45,16 +57,14 @@ def train(recipe: Recipe, out: Path, *, resume: bool = False) -> RunResult:
     state = load_checkpoint(out / "last.ckpt")
     check_inputs(out, state, parts.inputs)
     run = Run(recipe, out, fabric, parts, batches, state)
-    try:
-        # Whatever can be wrong with the input has shown by now, and nothing is written yet.
-        fabric.barrier()
+    # Whatever can be wrong with the input has shown by now, and nothing is written yet.
+    fabric.barrier()
+    with exclusive(out) if fabric.is_global_zero else nullcontext(), closing(run):
         if fabric.is_global_zero:
-            start_run(out, recipe)
+            start_run(out, recipe, resume)
         fabric.barrier()
-        run.open_metrics()
+        run.open()
         return run.finish() if run.step >= run.total_steps else _loop(run)
-    finally:
-        run.close()
 
 
 def _loop(run: Run) -> RunResult:

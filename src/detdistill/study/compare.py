@@ -12,7 +12,7 @@ from typing import Any
 
 from detdistill.data import open_dataset
 from detdistill.detectors import load_detector
-from detdistill.engine.checkpoint import write_json, write_text
+from detdistill.engine.checkpoint import exclusive, write_json, write_text
 from detdistill.evaluation.speed import latency_ms
 from detdistill.recipe import Recipe, read_yaml
 from detdistill.study.check import check_study, existing_teacher, teacher_file
@@ -65,9 +65,10 @@ def compare(
     settings: dict[str, Any] = {"teacher": teacher, "teacher_epochs": teacher_epochs}
     settings["inputs"] = inputs
     settings |= {"recipe": recipe.model_dump(), "methods": methods, "seeds": seeds}
-    study = _Study(Path(out), recipe, open_study(Path(out), settings), on_status)
-    arms = study.arms(teacher, teacher_epochs, methods, seeds)
-    _write(study, arms)
+    with exclusive(Path(out)):
+        study = _Study(Path(out), recipe, open_study(Path(out), settings), on_status)
+        arms = study.arms(teacher, teacher_epochs, methods, seeds)
+        _write(study, arms)
     on_status(f"report: {study.out / 'report.html'}")
     return arms
 

@@ -83,8 +83,11 @@ def train_in_processes(recipe: Recipe, folder: Path) -> None:
     plan = folder.with_name(f"{folder.name}.yaml")
     write_text(plan, dump_recipe(recipe))
     command = [sys.executable, "-m", "detdistill.study.worker", str(plan), str(folder)]
-    if subprocess.run(command, check=False).returncode:
-        raise UserError(f"{folder}: training on {recipe.devices} devices failed, see above")
+    code = subprocess.run(command, check=False).returncode
+    if code:
+        error = UserError(f"{folder}: training on {recipe.devices} devices failed, see above")
+        error.told = code == 2
+        raise error
 
 
 def _is_finished(recipe: Recipe, folder: Path) -> bool:

@@ -2,25 +2,26 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from pathlib import Path
 
 from detdistill.engine.train import train
-from detdistill.errors import UserError
+from detdistill.errors import UserError, tells
 from detdistill.recipe import read_yaml, validate_recipe
 
 
 def main(arguments: list[str]) -> int:
-    """Trains or resumes; 2 when the user has to change something."""
+    """Trains or resumes; 2 when the user has to change something, 130 when interrupted."""
     recipe_file, folder = arguments
     try:
         recipe = validate_recipe(read_yaml(Path(recipe_file)), recipe_file)
         train(recipe, Path(folder), resume=True)
     except UserError as error:
-        if os.environ.get("LOCAL_RANK", "0") == "0":  # not once per process
-            print(error, file=sys.stderr)
+        if tells(error):
+            print(f"detdistill: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        return 130  # the study, which is interrupted too, says how to go on
     return 0
 
 
