@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from detdistill.distill import Distiller, Method
 from detdistill.doctor.finding import finite
+from detdistill.engine.distributed import place
 from detdistill.engine.optim import learning_rate, make_optimizer
-from detdistill.engine.train import place
 from detdistill.recipe import Recipe
 from detdistill.structures import Batch
 

@@ -14,7 +14,7 @@ import torch
 from detdistill.data import make_train_batches
 from detdistill.engine.build import build
 from detdistill.engine.checkpoint import check_run, start_run
-from detdistill.engine.distributed import all_image_ids, launch
+from detdistill.engine.distributed import all_image_ids, launch, place
 from detdistill.engine.optim import learning_rate
 from detdistill.engine.run import Run, RunResult
 from detdistill.recipe import Recipe
@@ -95,15 +95,6 @@ def _backward(run: Run, batch: Batch, last: bool) -> None:
         terms: dict[str, torch.Tensor] = run.module(batch)
         _watch(run, terms, batch.image_ids)
         run.fabric.backward(torch.stack(list(terms.values())).sum() / run.recipe.accumulate)
-
-
-def place(batch: Batch, recipe: Recipe, device: torch.device) -> Batch:
-    """The batch where the recipe wants it and as it wants it in memory."""
-    batch = batch.to(device)
-    if not recipe.channels_last:
-        return batch
-    images = batch.images.contiguous(memory_format=torch.channels_last)
-    return Batch(images, batch.sizes, batch.targets, batch.image_ids)
 
 
 def _watch(run: Run, terms: dict[str, torch.Tensor], image_ids: Sequence[int]) -> None:
