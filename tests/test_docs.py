@@ -2,8 +2,9 @@
 
 A page's blocks run in their order, in one folder that holds a tiny data set in three formats,
 `my_coco`, `my_yolo` and `my_voc`, and a trained `runs/teacher` and `runs/distilled`. The only
-change to a command is that training commands get the settings of `SMALL` appended, which make them
-short.
+change to a command is that training commands and `doctor` get the settings of `SMALL` appended,
+which make them short. All must succeed, but `doctor` may find problems: that teacher was trained
+for two steps.
 """
 
 from __future__ import annotations
@@ -46,11 +47,13 @@ def command(line: str) -> None:
         if arguments[arguments.index("--out") + 1] in GIVEN:
             return
         arguments += SMALL
+    if arguments[0] == "doctor" and "--data" in arguments:
+        arguments += SMALL
     if arguments[:2] == ["data", "builtin"]:
         arguments[2:] = ["--out", "generated", "--train", "2", "--val", "1", "--test", "1"]
     with pytest.raises(SystemExit) as finished:
         main(arguments)
-    assert finished.value.code == 0, line
+    assert finished.value.code in ((0, 1) if arguments[0] == "doctor" else (0,)), line
 
 
 def bash(text: str) -> None:

@@ -20,7 +20,7 @@ def test_a_method_that_does_not_fit_gives_its_reason():
     fit = check_fit(narrow(), narrow("fcos_r18"), "rm", {"rm": {}})
     assert "anchor" in fit.reason
     fit = check_fit(narrow(), None, "crosskd", {"crosskd": {}})
-    assert "needs a teacher" in fit.reason
+    assert "needs a teacher" in fit.reason and fit.lacks_teacher
 
 
 def test_the_student_stays_as_it_is():
@@ -35,5 +35,10 @@ def test_levels():
     good, bad = Fit("pkd", helpers="adds nothing"), Fit("rm", reason="rm needs more")
     assert levels(check_pair([good, bad], False, "do")) == ["ok", "note"]
     assert levels(check_pair([good, bad], True, "do")) == ["ok", "problem"]
+    waiting = [Fit(name, "needs a teacher", lacks_teacher=True) for name in ("rm", "pfi")]
+    one, _ = check_pair([*waiting, good], False, "do")
+    assert one.level == "note" and one.text.endswith("rm, pfi")
+    assert levels(check_pair(waiting, False, "do")) == ["note"]
+    assert levels(check_pair(waiting, True, "do")) == ["problem"] * 2
     *_, none = check_pair([bad, bad], False, "do")
     assert none.level == "problem" and none.advice == "do"

@@ -44,33 +44,40 @@ def test_large_and_small_boxes():
 
 def test_beyond_a_certain_size_tiles_are_better():
     tiny = torch.full((10,), 1.0)
-    assert "tiles" in enlarge(tiny, 8, Recipe(resize_short=[320]))
+    assert "tiles" in enlarge(tiny, 12.0, Recipe(resize_short=[320]))
 
 
 @pytest.mark.parametrize("name", DENSE_R18 + TWO_STAGE_R18)
 def test_every_assigner_reaches_large_boxes(name):
     student = narrow(name)
     batches = [batch_of([[10, 10, 80, 90], [60, 50, 120, 110]]), batch_of([])]
-    assert measure_reach(student, batches, CPU) == Reach(2, 0)
+    assert measure_reach(student, batches, CPU) == Reach(2)
     assert student.training
 
 
 def test_boxes_between_the_points_are_missed():
     """Points of stride 8 stand at 4, 12, 20, ...: the first box holds one, the second none."""
     reach = measure_reach(narrow("fcos_r18"), [batch_of([[2, 2, 6, 6], [5, 5, 11, 11]])], CPU)
-    assert reach == Reach(2, 1)
+    assert reach == Reach(2, (6.0,))
     assert reach.share == 0.5
 
 
 @pytest.mark.parametrize(("missed", "level"), [(1, "ok"), (5, "warning"), (40, "problem")])
 def test_the_share_of_missed_boxes_decides(missed, level):
     student, sides = narrow("fcos_r18"), torch.full((100,), 6.0)
-    [found] = check_reach(Reach(100, missed), sides, student, Recipe())
+    [found] = check_reach(Reach(100, (5.0,) * missed), sides, student, Recipe())
     assert found.level == level and f"{missed} of 100 boxes" in found.text
     assert level == "ok" or "resize_short=[640]" in found.advice
 
 
+def test_images_are_enlarged_until_what_was_missed_would_be_found():
+    """An RPN's anchors start at 32 px: boxes of 16 px are lost at its stride of 4, too."""
+    sides, student = torch.tensor([8.0] * 10 + [40.0] * 90), narrow("faster_rcnn_r18")
+    [found] = check_reach(Reach(100, (16.0,) * 10), sides, student, Recipe())
+    assert "resize_short=[640]" in found.advice
+
+
 def test_numbers():
-    numbers = size_numbers(torch.tensor([4.0, 12.0]), Reach(2, 1), STRIDES)
+    numbers = size_numbers(torch.tensor([4.0, 12.0]), Reach(2, (4.0,)), STRIDES)
     assert numbers["below_finest_stride"] == 0.5
     assert numbers["boxes_without_positive"] == 1

@@ -125,20 +125,32 @@ def test_every_method_has_a_weight_to_suggest(method):
     assert "weight" in suggest_weight(method, found, "map", 500.0)
 
 
-def test_a_term_without_a_weight_names_the_others():
-    found = create_method("head")
-    assert "akd_weight" in suggest_weight("head", found, "assistant_cls", 500.0)
+def test_terms_without_a_weight_of_their_own():
+    found = create_method("tf_head")
+    found.weights = {"ckd_fcos": 1.0, "fcos_cls": 1.0}
+    found.truth_terms = frozenset({"fcos_cls"})
+    advice = suggest_weight("tf_head", found, "ckd_fcos", 500.0)
+    assert "a weight of 0.002" in advice and "dense_weight or rcnn_weight" in advice
+    assert "has no weight to change" in suggest_weight("tf_head", found, "fcos_cls", 500.0)
+
+
+def alone(cost=PLAIN, **changes):
+    [found] = check_plain([gradients_of(**changes)], cost, 100, 20)
+    return found.level, found.text
 
 
 def test_the_student_alone():
-    [found] = check_plain(gradients_of(), PLAIN, 100, 20)
-    assert found.level == "ok" and "after 20 steps: task/cls 1; " in found.text
-    [found] = check_plain(gradients_of(task_terms={"task/cls": math.nan}), PLAIN, 100, 20)
-    assert found.level == "problem" and "task/cls is not finite" in found.text
-    [found] = check_plain(gradients_of(task=Norms(0.0, 0.0, 1.0)), PLAIN, 100, 20)
-    assert found.level == "problem" and "nothing reaches" in found.text
-    [found] = check_plain(gradients_of(), replace(PLAIN, finite=False), 100, 20)
-    assert found.level == "problem"
+    level, text = alone()
+    assert level == "ok" and "after 20 steps: task/cls 1; " in text
+    level, text = alone(task_terms={"task/cls": math.nan})
+    assert level == "problem" and "task/cls is not finite" in text
+    level, text = alone(task=Norms(0.0, 0.0, 1.0))
+    assert level == "problem" and "nothing reaches" in text
+    assert alone(replace(PLAIN, finite=False))[0] == "problem"
+    level, text = alone(task_terms={"task/cls": 1.0, "task/box": 0.0})
+    assert level == "problem" and "exactly 0 on 1 batch: task/box" in text
+    some = [gradients_of(task_terms={"task/box": value}) for value in (0.0, 1.0)]
+    assert levels(check_plain(some, PLAIN, 100, 20)) == ["ok"]
 
 
 def test_ratios_and_the_table():

@@ -192,12 +192,13 @@ def _next(
     if worst(sections) == "problem":
         again = shlex.join(["detdistill", *arguments])
         return f"correct what is marked as a problem, then again: {again}"
-    method, teacher = patient.fitting[0], settings.teacher
+    teacher = settings.teacher
     if teacher is None and not patient.asked:
         return patient.get_teacher
+    method = patient.fitting[0]
     if teacher is not None and not Path(teacher).exists() and checks.is_detector(teacher):
         return compare_command(request, method)
-    return distill_command(request, method, with_teacher=teacher is not None)
+    return distill_command(request, method, with_teacher=checks.need_teacher(patient.arms[method]))
 
 
 def _finish(sections: list[Section], following: str, json_file: Path | None) -> None:

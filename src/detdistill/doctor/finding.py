@@ -79,7 +79,7 @@ def few(names: Sequence[str], most: int = 3) -> str:
 
 def counted(count: int, noun: str) -> str:
     """`1 box`, `2 boxes`."""
-    plural = noun + ("es" if noun.endswith(("x", "s")) else "s")
+    plural = noun + ("es" if noun.endswith(("x", "s", "ch")) else "s")
     return f"{count} {noun if count == 1 else plural}"
 
 

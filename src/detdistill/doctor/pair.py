@@ -27,11 +27,13 @@ class Fit:
         name: of the arm.
         reason: the method's own sentence where it does not fit; "" where it does.
         helpers: what it adds for the time of training.
+        lacks_teacher: whether it does not fit because there is no teacher.
     """
 
     name: str
     reason: str = ""
     helpers: str = ""
+    lacks_teacher: bool = False
 
 
 def build_arm(student: FPNDetector, teacher: FPNDetector | None, arm: Arm) -> Distiller:
@@ -58,7 +60,8 @@ def check_fit(student: FPNDetector, teacher: FPNDetector | None, name: str, arm:
     try:
         distiller = build_arm(student, teacher, arm)
     except UserError as error:
-        return Fit(name, reason=str(error))
+        needed = any(method.needs_teacher for method in create_methods(arm).values())
+        return Fit(name, reason=str(error), lacks_teacher=teacher is None and needed)
     return Fit(name, helpers=describe_helpers(distiller.methods))
 
 
@@ -103,12 +106,17 @@ def check_pair(fits: Sequence[Fit], asked: bool, advice: str) -> list[Finding]:
         advice: for one that was asked for and does not fit, or where none fits.
     """
     findings = []
+    waiting = [fit.name for fit in fits if fit.lacks_teacher and not asked]
+    if waiting:
+        findings.append(Finding("note", f"for want of a teacher not tried: {', '.join(waiting)}"))
     for fit in fits:
+        if fit.name in waiting:
+            continue
         if not fit.reason:
             findings.append(Finding("ok", f"{fit.name} fits; it {fit.helpers}"))
             continue
         text = f"does not fit: {fit.reason}"  # a method's sentence begins with its name
         findings.append(Finding("problem", text, advice) if asked else Finding("note", text))
-    if fits and all(fit.reason for fit in fits) and not asked:
+    if all(fit.reason for fit in fits) and not waiting and not asked:
         findings.append(Finding("problem", "no method fits this pair", advice))
     return findings

@@ -24,16 +24,30 @@ FEW_SMALL = 0.05
 FEW_MISSED, MANY_MISSED = 0.02, 0.2
 """Shares of boxes without an anchor from which on that is a warning, and a problem."""
 
+AMPLE = 1.5
+"""Strides that a box should measure, and the least factor that is worth enlarging by."""
+
 LARGEST = 1600
 """Pixels of the short side beyond which tiles are better than a larger image."""
 
 
 @dataclass(frozen=True)
 class Reach:
-    """How many of `boxes` ground-truth boxes of real batches got no positive anchor or point."""
+    """What an assigner made of real batches.
+
+    Attributes:
+        boxes: number of ground-truth boxes.
+        missed_sides: of those without a positive anchor or point, the square root of the area at
+            the size that they were shown at, pixels.
+    """
 
     boxes: int
-    missed: int
+    missed_sides: tuple[float, ...] = ()
+
+    @property
+    def missed(self) -> int:
+        """How many got none."""
+        return len(self.missed_sides)
 
     @property
     def share(self) -> float:
@@ -56,7 +70,8 @@ def box_sides(dataset: DetectionDataset, recipe: Recipe) -> Tensor:
 def measure_reach(student: FPNDetector, batches: Iterable[Batch], device: torch.device) -> Reach:
     """What the student's own assigner does with the boxes of real training batches."""
     student.to(device).eval()
-    boxes = missed = 0
+    boxes = 0
+    missed: list[float] = []
     for batch in batches:
         batch = batch.to(device)
         targets, output = batch.padded_targets(), student(batch)
@@ -65,9 +80,9 @@ def measure_reach(student: FPNDetector, batches: Iterable[Batch], device: torch.
         slots = torch.arange(targets.labels.shape[1], device=device)
         taken = torch.stack([torch.isin(slots, matched) for matched in dense.matched])
         boxes += int(targets.present.sum())
-        missed += int((targets.present & ~taken).sum())
+        missed += area(targets.boxes).sqrt()[targets.present & ~taken].tolist()
     student.train()
-    return Reach(boxes, missed)
+    return Reach(boxes, tuple(missed))
 
 
 def check_sizes(sides: Tensor, strides: Sequence[int], recipe: Recipe) -> list[Finding]:
@@ -82,7 +97,7 @@ def check_sizes(sides: Tensor, strides: Sequence[int], recipe: Recipe) -> list[F
     )
     if small <= FEW_SMALL:
         return [Finding("ok", text)]
-    return [Finding("warning", text, enlarge(sides, finest, recipe))]
+    return [Finding("warning", text, enlarge(sides, AMPLE * finest, recipe))]
 
 
 def check_reach(reach: Reach, sides: Tensor, student: FPNDetector, recipe: Recipe) -> list[Finding]:
@@ -94,13 +109,15 @@ def check_reach(reach: Reach, sides: Tensor, student: FPNDetector, recipe: Recip
     if reach.share <= FEW_MISSED:
         return [Finding("ok", text)]
     level: Level = "problem" if reach.share > MANY_MISSED else "warning"
-    return [Finding(level, text, enlarge(sides, min(student.strides), recipe))]
+    lost = float(torch.tensor(reach.missed_sides).quantile(0.9))
+    wanted = max(lost, AMPLE * min(student.strides))
+    return [Finding(level, text, enlarge(sides, wanted, recipe))]
 
 
-def enlarge(sides: Tensor, finest: int, recipe: Recipe) -> str:
-    """The size at which nearly all boxes pass the finest stride, as settings; or tiles."""
+def enlarge(sides: Tensor, least: float, recipe: Recipe) -> str:
+    """The size at which 95 % of the boxes are at least so many pixels, as settings; or tiles."""
     short, long = eval_size(recipe)
-    factor = max(1.5, 1.5 * finest / float(sides.quantile(0.05)))
+    factor = max(AMPLE, least / float(sides.quantile(0.05)))
     wanted = math.ceil(short * factor / DIVISOR) * DIVISOR
     if wanted > LARGEST:
         return (

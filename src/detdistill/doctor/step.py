@@ -14,16 +14,16 @@ from torch import Tensor, nn
 
 from detdistill.distill import Distiller, Method
 from detdistill.doctor.finding import finite
+from detdistill.engine.distributed import place
 from detdistill.engine.optim import learning_rate, make_optimizer
-from detdistill.engine.train import place
 from detdistill.recipe import Recipe
 from detdistill.structures import Batch
 
 FIRST_STEPS = 20
 """Of the student alone before gradients are compared.
 
-A fresh head lets next to nothing of the task's gradient through: at step 0 published weights come
-out a hundred times too strong, a few steps later they do not.
+A fresh head lets next to nothing of the task's gradient through: on BCCD, CrossKD's gradient was
+107 times the task's at step 0 and 3 times after 20 steps.
 """
 
 FIRST_SECONDS = 60.0
@@ -127,13 +127,17 @@ def take_first_steps(
     """
     optimizer = make_optimizer(distiller.parameters(), recipe)
     rate = 0.5 * recipe.lr * recipe.batch_size / recipe.base_batch
-    start, step = time.perf_counter(), 0
+    scale, start, step = LOSS_SCALE.get(recipe.precision, 1.0), time.perf_counter(), 0
     while step < FIRST_STEPS and time.perf_counter() - start < FIRST_SECONDS:
         for group in optimizer.param_groups:
             group["lr"] = rate * min(1.0, 2 * (step + 1) / FIRST_STEPS)
         with _autocast(recipe, device):
             losses = distiller(batches[step % len(batches)].to(device))
-        torch.stack(list(losses.values())).sum().backward()  # type: ignore[no-untyped-call]
+        loss = torch.stack(list(losses.values())).sum() * scale
+        loss.backward()  # type: ignore[no-untyped-call]
+        for parameter in distiller.parameters():
+            if parameter.grad is not None:
+                parameter.grad /= scale
         nn.utils.clip_grad_norm_(distiller.parameters(), FIRST_CLIP)
         optimizer.step()
         optimizer.zero_grad()

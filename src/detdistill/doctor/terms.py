@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping, Sequence
 
 from detdistill.distill import Method
-from detdistill.doctor.finding import Finding, few
+from detdistill.doctor.finding import Finding, counted, few
 from detdistill.doctor.step import Cost, Gradients
 from detdistill.study.table import aligned, format_time
 
@@ -26,24 +26,34 @@ def ratio(own: float, task: float) -> float:
     return own / task if task > 0 and math.isfinite(own) and math.isfinite(task) else math.nan
 
 
-def check_plain(found: Gradients, cost: Cost, total_steps: int, first_steps: int) -> list[Finding]:
-    """The student alone, after some first steps: its own terms and what it costs."""
-    values = ", ".join(f"{name} {value:.3g}" for name, value in found.task_terms.items())
-    task = found.task
+def check_plain(
+    found: Sequence[Gradients], cost: Cost, total_steps: int, first_steps: int
+) -> list[Finding]:
+    """The student alone, after some first steps: its own terms and what it costs.
+
+    Of several batches the first speaks; a term that is 0 is 0 in all of them.
+    """
+    terms, task = found[0].task_terms, found[0].task
+    values = ", ".join(f"{name} {value:.3g}" for name, value in terms.items())
     norms = f"backbone {task.backbone:.2g}, pyramid {task.fpn:.2g}, head {task.head:.2g}"
     text = (
         f"the student alone, after {first_steps} steps: {values}; gradient: {norms}; "
         f"{describe_cost(cost, None, total_steps)}"
     )
-    bad = [name for name, value in found.task_terms.items() if not math.isfinite(value)]
-    if bad or not cost.finite or not math.isfinite(found.task.total):
+    bad = [name for name, value in terms.items() if not math.isfinite(value)]
+    if bad or not cost.finite or not math.isfinite(task.total):
         shown = few(bad) if bad else "a loss or its gradient"
         advice = (
             "look at the boxes of the data section; on fp16 try --set precision=bf16; else a "
             "lower lr"
         )
         return [Finding("problem", f"the student alone: {shown} is not finite", advice)]
-    if found.task.body == 0:
+    dead = [name for name in terms if all(batch.task_terms[name] == 0 for batch in found)]
+    if dead:
+        text = f"the student alone: exactly 0 on {counted(len(found), 'batch')}: {few(dead)}"
+        advice = "look above whether the objects get positive anchors or points"
+        return [Finding("problem", text, advice)]
+    if task.body == 0:
         advice = "check frozen_stages and the sizes of the boxes: nothing of it would learn"
         return [Finding("problem", f"{text}; nothing reaches backbone or pyramid", advice)]
     return [Finding("ok", text)]
@@ -131,7 +141,7 @@ def _check_zeros(method: str, found: Sequence[Gradients]) -> list[Finding]:
     dead = [term for term in own if all(g.terms[term].raw == 0 for g in found)]
     if not dead:
         return []
-    text = f"{few(dead)}: exactly 0 on {len(found)} batches, so it teaches nothing"
+    text = f"{few(dead)}: exactly 0 on {counted(len(found), 'batch')}, so it teaches nothing"
     advice = (
         "check the teacher's AP above, and that the boxes get positive anchors; leave a term out "
         "that cannot act"
@@ -161,14 +171,15 @@ def _check_strength(name: str, method: Method, found: Gradients) -> list[Finding
 
 def suggest_weight(name: str, method: Method, term: str, strength: float) -> str:
     """The option to change, and the value at which the term would weigh about as the task."""
-    option = weight_option(method, term)
-    if option is None:
-        others = [key for key in _weight_options(method)]
-        hint = f"its other weights are {few(others)}" if others else "it has no weight to change"
-        return f"{term} has no weight of its own ({hint}); compare it with another method"
+    options, own = _weight_options(method), weight_option(method, term)
+    if term in getattr(method, "truth_terms", ()) or not options:
+        return f"{term} has no weight to change; compare this method with another one"
     value = float(f"{method.weights[term] / strength:.1g}")
+    if own is None:
+        where = f"one of --set methods.{name}.{' or '.join(options)} (docs/methods.md says which)"
+        return f"try {term} with a weight of {value:g}, by {where}"
     return (
-        f"try --set methods.{name}.{option}={value:g}, at which it would weigh about as the task, "
+        f"try --set methods.{name}.{own}={value:g}, at which it would weigh about as the task, "
         f"beside the published weight: detdistill compare tells which is better"
     )
 

@@ -75,7 +75,7 @@ class Trial:
         except torch.OutOfMemoryError:
             return [self._too_large(ALONE)]
         self.numbers[ALONE] = {"first_steps": steps, **_numbers(found, self._plain)}
-        findings = check_plain(found[0], self._plain, self.total_steps, steps)
+        findings = check_plain(found, self._plain, self.total_steps, steps)
         self.ready = all(finding.level == "ok" for finding in findings)
         return findings
 
@@ -102,7 +102,8 @@ class Trial:
         for batch in self.batches:
             batch = batch.to(self.device)
             found.append(measure_gradients(distiller, batch, self.recipe, iteration))
-            if all(term.raw for term in found[-1].terms.values()):
+            values = [term.raw for term in found[-1].terms.values()]
+            if all(values) and all(found[-1].task_terms.values()):
                 break
         cost = measure_cost(distiller, self.batches[0], self.recipe, self.device, iteration)
         return methods, found, cost

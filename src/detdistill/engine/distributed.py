@@ -24,6 +24,7 @@ from lightning_fabric.strategies.ddp import DDPStrategy
 from detdistill.data.loader import end_with_parent
 from detdistill.errors import UserError, is_first_here
 from detdistill.recipe import Recipe
+from detdistill.structures import Batch
 
 PATIENCE = timedelta(hours=3)
 """How long processes wait for each other: while the first evaluates on val, all others do."""
@@ -96,6 +97,15 @@ def launch(recipe: Recipe) -> Fabric:
     )
     fabric.launch()
     return fabric
+
+
+def place(batch: Batch, recipe: Recipe, device: torch.device) -> Batch:
+    """The batch where the recipe wants it and as it wants it in memory."""
+    batch = batch.to(device)
+    if not recipe.channels_last:
+        return batch
+    images = batch.images.contiguous(memory_format=torch.channels_last)
+    return Batch(images, batch.sizes, batch.targets, batch.image_ids)
 
 
 def all_image_ids(own: Sequence[int]) -> list[int]:

@@ -21,7 +21,7 @@ from detdistill.engine.checkpoint import (
     load_checkpoint,
     start_run,
 )
-from detdistill.engine.distributed import all_image_ids, launch, one_voice
+from detdistill.engine.distributed import all_image_ids, launch, one_voice, place
 from detdistill.engine.optim import learning_rate
 from detdistill.engine.run import Run, RunResult, finished_run
 from detdistill.recipe import Recipe
@@ -133,15 +133,6 @@ def _prove(run: Run, batch: Batch) -> None:
     for name, buffer in run.distiller.named_buffers():
         buffer.copy_(buffers[name])
     run.keep_checkpoint()
-
-
-def place(batch: Batch, recipe: Recipe, device: torch.device) -> Batch:
-    """The batch where the recipe wants it and as it wants it in memory."""
-    batch = batch.to(device)
-    if not recipe.channels_last:
-        return batch
-    images = batch.images.contiguous(memory_format=torch.channels_last)
-    return Batch(images, batch.sizes, batch.targets, batch.image_ids)
 
 
 def _watch(run: Run, terms: dict[str, torch.Tensor], image_ids: Sequence[int]) -> None:
