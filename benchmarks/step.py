@@ -124,7 +124,7 @@ def measure(
 
     def teach() -> None:
         with torch.autocast(clock.device, torch.bfloat16, enabled=precision == "bf16"):
-            distiller._run_teacher(batch)
+            distiller._run_teacher(batch, list(distiller.methods.values()))
 
     def round_of_all(split: bool) -> None:
         for name, contender in contenders.items():
