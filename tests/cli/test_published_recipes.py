@@ -1,9 +1,10 @@
-"""Every published recipe builds both models and takes one step."""
+"""Every published recipe, by its own command: it builds both models and takes one step."""
 
 from __future__ import annotations
 
 import json
 import re
+import shlex
 from pathlib import Path
 
 import pytest
@@ -11,9 +12,8 @@ import yaml
 
 from detdistill.data import generate_dataset
 from detdistill.detectors import create_detector, save_detector
-from detdistill.engine.train import train
-from detdistill.recipe import validate_recipe
 from detdistill.recipes import list_recipes, recipe_path
+from tests.cli.conftest import Run
 
 SMALL = {
     "resize_short": [64],
@@ -27,7 +27,6 @@ SMALL = {
     "log_every": 1,
     "accelerator": "cpu",
 }
-WEIGHTS = "teacher.safetensors"
 PUBLISHED = [name for name in list_recipes() if "/" in name and not name.startswith("small/")]
 
 
@@ -37,27 +36,38 @@ def two_images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return generate_dataset(folder, train=2, val=1, test=1, size=64)
 
 
-def one_step(name: str, data: Path, folder: Path, size: dict[str, int]) -> None:
+def one_step(name: str, data: Path, run: Run, size: dict[str, int]) -> None:
     """Trains every arm of a recipe for a step, teacher and student changed by `size`."""
     text = recipe_path(name).read_text(encoding="utf-8")
-    command = text.splitlines()[0]
+    values, command = yaml.safe_load(text), text.splitlines()[0]
     assert command.startswith(f"# detdistill distill --recipe {name} ")
-    values = yaml.safe_load(text)
     teacher = re.search(r"--teacher (\w+)=FILE", command)
     if teacher is not None:
-        save_detector(
-            create_detector(teacher[1], 10, **fitting(teacher[1], size)), folder / WEIGHTS
-        )
-        values["teacher"] = str(folder / WEIGHTS)
+        model = create_detector(teacher[1], 10, **fitting(teacher[1], size))
+        save_detector(model, Path("teacher.safetensors"))
     # There is no network in a test.
-    values["student_options"] |= {"pretrained": False, **fitting(values["student"], size)}
-    for arm, methods in (values.pop("arms", None) or {"": values["methods"]}).items():
-        changes = {**SMALL, "data": str(data), "methods": methods}
-        out = folder / f"run{arm}"
-        train(validate_recipe({**values, **changes}, name), out)
-        lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-        [step] = [line for line in lines if line["kind"] == "step"]
-        assert {term.split("/")[0] for term in step["raw"]} == {"task", *methods}
+    changes = {"student_options.pretrained": False} | {
+        f"student_options.{key}": width for key, width in fitting(values["student"], size).items()
+    }
+    sets = [f"--set={key}={json.dumps(value)}" for key, value in {**SMALL, **changes}.items()]
+    arguments = command.replace("=FILE", "=teacher.safetensors").replace("FOLDER", str(data))
+    *given, _ = shlex.split(arguments)[2:]  # all but the folder after --out
+    for arm, methods in (values.get("arms") or {"": values["methods"]}).items():
+        out = Path(f"run{arm}")
+        chosen = ["--method", arm] if arm else []
+        code, _, err = run(*given, str(out), *chosen, *sets)
+        assert code == 0, err
+        terms = terms_of(out)
+        assert {term.split("/")[0] for term in terms} == {"task", *methods}
+        [line] = [line for line in err.splitlines() if ": step 1/1, " in line]
+        assert all(re.search(rf" {term} -?\d", line) for term in terms), line
+
+
+def terms_of(out: Path) -> list[str]:
+    """Of the only step of a run."""
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    [step] = [line for line in lines if line["kind"] == "step"]
+    return list(step["raw"])
 
 
 def fitting(detector: str, size: dict[str, int]) -> dict[str, int]:
@@ -68,14 +78,22 @@ def fitting(detector: str, size: dict[str, int]) -> dict[str, int]:
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_a_published_recipe_takes_a_step_with_every_term(
-    name: str, two_images: Path, tmp_path: Path
+    name: str, two_images: Path, run: Run
 ) -> None:
-    one_step(name, two_images, tmp_path, {"base_channels": 8, "fpn_channels": 32})
+    one_step(name, two_images, run, {"base_channels": 8, "fpn_channels": 32})
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_a_published_recipe_says_what_was_published(name: str) -> None:
+    header = re.match(r"(?:#.*\n)+", recipe_path(name).read_text(encoding="utf-8"))
+    assert header is not None
+    told = " ".join(header[0].split()).replace(" # ", " ")
+    assert re.search(r"Published AP\b.*?: .*\d\d\.\d|published AP|[Nn]o result is published", told)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_a_published_recipe_takes_a_step_at_full_size(
-    name: str, two_images: Path, tmp_path: Path
+    name: str, two_images: Path, run: Run
 ) -> None:
-    one_step(name, two_images, tmp_path, {})
+    one_step(name, two_images, run, {})
