@@ -11,7 +11,7 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "src" / "detdistill"
 
-BASE = {"errors", "registry", "recipe", "recipes", "structures", "boxes"}
+BASE = {"errors", "registry", "recipe", "recipes", "structures", "boxes", "writing"}
 MAY_IMPORT = {
     "parts": BASE,
     "detectors": BASE | {"parts"},
@@ -35,6 +35,7 @@ BASE_MAY_IMPORT = {
     "recipes": {"errors", "registry"},
     "structures": {"errors"},
     "boxes": {"errors", "structures"},
+    "writing": {"errors"},
 }
 # What a distillation step of GFL by CrossKD runs through, from the loop to the loss and back. Not
 # counted: the way there (cli, recipe), and what a reader opens on demand as one opens a library:

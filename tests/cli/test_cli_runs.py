@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -56,6 +58,30 @@ def test_from_data_to_comparison(run: Run, my_coco: Path) -> None:
     assert run(*predict[:-1], "low", "--score", "0")[0] == 0
     [low, *_] = json.loads(Path("low/predictions.json").read_text())
     assert min(found["score"] for found in low["detections"]) < 0.05
+
+
+def test_predict_overwrites_nothing_and_leaves_no_half(
+    run: Run, my_coco: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_foreign(Path("weights.safetensors"))
+    image = next((my_coco / "images").glob("test_*"))
+    named = Path("n" * 240 + image.suffix)
+    shutil.copy(image, named)
+    command = ["predict", "--weights", "weights.safetensors", str(named), str(named)]
+    assert run(*command, "--out", "out")[0] == 0
+    assert len(list(Path("out").glob("*.png"))) == 2
+
+    Path("out/predictions.json").unlink()
+    code, _, err = run(*command, "--out", "out")
+    assert code == 2 and "already exists; choose another --out" in err
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("detdistill.cli.predictions.write_text", full)
+    code, _, err = run(*command, "--out", "full")
+    assert code == 2 and "No space left on device; make room" in err
+    assert list(Path("full").iterdir()) == []
 
 
 def save_foreign(path: Path, num_classes: int = 10, seed: int = 0) -> None:

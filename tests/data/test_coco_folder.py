@@ -136,7 +136,7 @@ def _set(kind, place, key, value):
         (_set("images", 0, "file_name", "/etc/passwd"), "image 11 .* leaves"),
         (_set("images", 0, "file_name", "no.png"), "no.png: image file not found"),
         (_set("images", 0, "file_name", "a\0.png"), "image file not found"),
-        (_set("images", 0, "file_name", "."), "not a file"),
+        (_set("images", 0, "file_name", "."), "a folder; an image file was expected"),
         (lambda data: data.update(annotations=[]), "no training image has a usable box"),
     ],
 )

@@ -136,7 +136,7 @@ def test_what_is_no_image(tmp_path, content, words):
 def test_missing_file_and_folder(tmp_path):
     with pytest.raises(UserError, match="not found"):
         read_image(tmp_path / "a.png")
-    with pytest.raises(UserError, match="not a file"):
+    with pytest.raises(UserError, match="a folder; an image file was expected"):
         read_image(tmp_path)
 
 
@@ -175,3 +175,14 @@ def test_float_pixels_are_refused(tmp_path):
     path = saved(tmp_path / "a.tiff", Image.new("F", (30, 20)))
     with pytest.raises(UserError, match="float pixels"):
         read_image(path)
+
+
+def test_a_file_that_may_not_be_read(tmp_path, monkeypatch):
+    Image.new("RGB", (4, 4)).save(tmp_path / "a.png")
+
+    def denied(*_, **__):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Image, "open", denied)  # root may read everything
+    with pytest.raises(UserError, match=r"a\.png: the image file may not be read"):
+        read_image(tmp_path / "a.png")

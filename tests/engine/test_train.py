@@ -287,7 +287,7 @@ def test_a_checkpoint_counts_when_its_loss_was_finite(recipe, tmp_path, monkeypa
     with pytest.raises(UserError, match=r"is nan at step 2, images .* last good checkpoint is"):
         train(recipe(checkpoint_every=1, max_steps=max_steps), out)
     assert torch.load(out / "last.ckpt", weights_only=True)["step"] == 1
-    assert not (out / "last.ckpt.tmp").exists() and not (out / "model.safetensors").exists()
+    assert not (out / "last.ckpt.next").exists() and not (out / "model.safetensors").exists()
 
 
 def test_a_run_that_explodes_at_once_has_no_checkpoint_to_name(recipe, tmp_path, monkeypatch):

@@ -15,6 +15,7 @@ from typer.core import TyperGroup
 
 from detdistill.cli import analysis, doctor, export, studies, training, using, weights
 from detdistill.errors import UserError, UserNotice, is_first_here, tells
+from detdistill.writing import disk_faults_told
 
 
 class _Commands(TyperGroup):
@@ -23,7 +24,7 @@ class _Commands(TyperGroup):
     def invoke(self, ctx: Any) -> Any:
         """Runs the command; exit code 2 for bad input, 130 when interrupted."""
         try:
-            with warnings.catch_warnings():
+            with warnings.catch_warnings(), disk_faults_told():
                 _plain_notices()
                 return super().invoke(ctx)
         except UserError as error:

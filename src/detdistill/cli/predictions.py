@@ -12,9 +12,11 @@ from detdistill.data import read_image
 from detdistill.detectors import FPNDetector
 from detdistill.drawing.pictures import draw_detections, save_png
 from detdistill.engine.checkpoint import write_text
+from detdistill.errors import UserError
 from detdistill.structures import Detections
 
 LOWEST_SCORE = 0.05
+LONGEST = 50  # characters of an image's name in that of its picture
 
 
 def write_predictions(
@@ -38,24 +40,43 @@ def write_predictions(
         found += detector.predict([read_image(path)], score_threshold=min(score, LOWEST_SCORE))
         advance()
     # Nothing is written before every image was read, so that a bad one leaves no half result.
-    names = _class_names(detector)
+    pictures = [out / f"{i:04d}_{path.stem[:LONGEST]}.png" for i, path in enumerate(images)]
+    for picture in pictures:
+        if picture.exists():
+            raise UserError(f"{picture}: already exists; choose another --out")
     make_folder(out)
-    records = []
-    for index, (path, detections) in enumerate(zip(images, found, strict=True)):
+    try:
+        records = _draw(detector, images, found, pictures, score)
+        write_text(out / "predictions.json", json.dumps(records, indent=1) + "\n")
+    except BaseException:
+        for picture in pictures:
+            picture.unlink(missing_ok=True)
+        raise
+    return sum(len(detections) for detections in found)
+
+
+def _draw(
+    detector: FPNDetector,
+    images: list[Path],
+    found: list[Detections],
+    pictures: list[Path],
+    score: float,
+) -> list[dict[str, Any]]:
+    """Saves a picture per image; returns what `predictions.json` says."""
+    names, records = _class_names(detector), []
+    for path, detections, picture in zip(images, found, pictures, strict=True):
         pixels = read_image(path)
-        picture = f"{index:04d}_{path.stem}.png"
-        save_png(draw_detections(pixels, detections, names, score), out / picture)
+        save_png(draw_detections(pixels, detections, names, score), picture)
         records.append(
             {
                 "image": str(path),
                 "height": pixels.shape[1],
                 "width": pixels.shape[2],
-                "picture": picture,
+                "picture": picture.name,
                 "detections": _plain(detections, names),
             }
         )
-    write_text(out / "predictions.json", json.dumps(records, indent=1) + "\n")
-    return sum(len(detections) for detections in found)
+    return records
 
 
 def _class_names(detector: FPNDetector) -> list[str]:

@@ -104,6 +104,8 @@ def _opened(path: Path) -> Iterator[Image.Image]:
         raise UserError(
             f"{path}: image file not found; check the folder and the file name"
         ) from None
+    if stat.S_ISDIR(status.st_mode):
+        raise UserError(f"{path}: a folder; an image file was expected, e.g. {path}/*.jpg")
     if not stat.S_ISREG(status.st_mode):
         raise UserError(f"{path}: not a file; an image file was expected")
     if status.st_size == 0:
@@ -119,6 +121,8 @@ def _opened(path: Path) -> Iterator[Image.Image]:
         raise UserError(
             f"{path}: not an image that can be read; expected one of {', '.join(FORMATS)}"
         ) from None
+    except PermissionError:
+        raise UserError(f"{path}: the image file may not be read; see to its rights") from None
     except Exception as error:  # on damaged bytes Pillow's readers raise nearly anything
         reason = " ".join(str(error).split()) or type(error).__name__
         raise UserError(

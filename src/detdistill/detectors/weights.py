@@ -32,6 +32,7 @@ from detdistill.detectors.torchvision_models import (
 from detdistill.detectors.view_base import TorchvisionView
 from detdistill.errors import UserError, UserNotice
 from detdistill.recipe import Options, Pixels
+from detdistill.writing import written
 
 FORMAT = 1
 
@@ -83,15 +84,13 @@ def save_detector(
         "provenance": provenance or {},
     }
     state = {k: v.detach().cpu().contiguous() for k, v in module.state_dict().items()}
-    facts_file, temporary = path.with_suffix(".json"), path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(facts, indent=1), encoding="utf-8")
-    os.replace(temporary, facts_file)
-    # Not `save_file`, whose files only their owner can read.
-    with temporary.open("wb") as stream:
+    with written(path) as stream:
+        # Not `save_file`, whose files only their owner can read.
         stream.write(save(state))
         stream.flush()
         os.fsync(stream.fileno())
-    os.replace(temporary, path)
+        with written(path.with_suffix(".json")) as file:
+            file.write(json.dumps(facts, indent=1).encode())
 
 
 def load_detector(

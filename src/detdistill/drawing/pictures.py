@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import colorsys
 import io
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -20,6 +19,7 @@ from torch import Tensor
 from torchvision.utils import draw_bounding_boxes
 
 from detdistill.structures import Detections
+from detdistill.writing import written
 
 READABLE = 400
 """Images whose longer side is shorter than this many pixels are enlarged before drawing."""
@@ -125,9 +125,8 @@ def draw_layers(image: Tensor, layers: Sequence[Layer]) -> Tensor:
 
 def save_png(image: Tensor, path: Path) -> None:
     """Writes a (3, h, w) uint8 image; the file appears whole or not at all."""
-    temporary = path.with_name(path.name + ".tmp")
-    to_pil(image).save(temporary, format="PNG")
-    os.replace(temporary, path)
+    with written(path) as file:
+        to_pil(image).save(file, format="PNG")
 
 
 def jpeg_data_uri(image: Tensor, longest: int = 480) -> str:

@@ -14,6 +14,7 @@ import torch
 
 from detdistill.errors import UserError
 from detdistill.recipe import Recipe, dump_recipe, read_yaml
+from detdistill.writing import written
 
 # Settings that change how a run is carried out, not what comes out of it.
 FREE = {"workers", "cache", "log_every", "checkpoint_every", "eval_batch", "accelerator"}
@@ -27,9 +28,8 @@ STATE |= {"distiller", "optimizer", "precision", "random"}
 
 def write_text(path: Path, text: str) -> None:
     """Replaces a text file atomically."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
+    with written(path) as file:
+        file.write(text.encode())
 
 
 def write_json(path: Path, value: dict[str, Any]) -> None:
@@ -45,8 +45,11 @@ def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
 
 def write_next_checkpoint(path: Path, state: dict[str, Any]) -> None:
     """Writes a checkpoint beside the old one, which stays until `keep_next_checkpoint`."""
-    with _next(path).open("wb") as file:
-        torch.save(state, file)
+    with written(_next(path)) as file:
+        try:
+            torch.save(state, file)
+        except RuntimeError as error:  # torch's own error hides that of the disk
+            raise error.__context__ if isinstance(error.__context__, OSError) else error from None
         file.flush()
         os.fsync(file.fileno())
 
@@ -62,7 +65,7 @@ def drop_next_checkpoint(path: Path) -> None:
 
 
 def _next(path: Path) -> Path:
-    return path.with_name(path.name + ".tmp")
+    return path.with_name(path.name + ".next")
 
 
 def last_good(out: Path) -> str:

@@ -25,6 +25,7 @@ from detdistill.data.loader import end_with_parent
 from detdistill.errors import UserError, is_first_here
 from detdistill.recipe import Recipe
 from detdistill.structures import Batch
+from detdistill.writing import disk_faults_told
 
 PATIENCE = timedelta(hours=3)
 """How long processes wait for each other: while the first evaluates on val, all others do."""
@@ -146,7 +147,8 @@ def one_voice() -> Iterator[None]:
         yield
         return
     try:
-        yield
+        with disk_faults_told():
+            yield
     except UserError as error:
         try:
             Path(mark).touch(exist_ok=False)
