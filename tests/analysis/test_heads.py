@@ -9,13 +9,18 @@ from detdistill import HEAD, Distiller, UserError
 from detdistill.analysis.heads import load_assistant, rows_on_boxes
 from detdistill.analysis.pair import Pair
 from detdistill.analysis.similarity import Similarity
-from detdistill.engine.checkpoint import save_checkpoint
+from detdistill.engine.checkpoint import STATE, save_checkpoint
 from detdistill.recipe import Recipe, dump_recipe
 from tests.helpers import narrow
 
 DENSE = ["assistant cls 1", "assistant cls 2", "assistant cls 3"]
 DENSE += ["assistant box 1", "assistant box 2", "assistant box 3"]
 CASCADE = [f"assistant {stage} fc {layer}" for stage in (1, 2, 3) for layer in (1, 2)]
+
+
+def save_state(folder, distiller):
+    """A checkpoint of which only the distiller is looked at."""
+    save_checkpoint(folder / "last.ckpt", dict.fromkeys(STATE) | {"distiller": distiller})
 
 
 def write_run(folder, student, teacher, **options):
@@ -29,7 +34,7 @@ def write_run(folder, student, teacher, **options):
     folder.mkdir()
     recipe = Recipe(student=f"{student}_r18", teacher="runs/teacher", methods={"head": options})
     (folder / "recipe.yaml").write_text(dump_recipe(recipe))
-    save_checkpoint(folder / "last.ckpt", {"distiller": distiller.state_dict()})
+    save_state(folder, distiller.state_dict())
     return Pair(models[1], models[0]), method.link.assistant
 
 
@@ -90,7 +95,7 @@ def test_other_folders_have_no_assistant(tmp_path, make_pair):
     assert load_assistant(tmp_path, pair) is None
     assert load_assistant(tmp_path / "model.safetensors", pair) is None
     (tmp_path / "recipe.yaml").write_text(dump_recipe(Recipe(methods={"pkd": {}})))
-    save_checkpoint(tmp_path / "last.ckpt", {"distiller": {}})
+    save_state(tmp_path, {})
     assert load_assistant(tmp_path, pair) is None
 
 
