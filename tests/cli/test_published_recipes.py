@@ -12,6 +12,7 @@ import yaml
 
 from detdistill.data import generate_dataset
 from detdistill.detectors import create_detector, save_detector
+from detdistill.detectors.zoo import list_checkpoints
 from detdistill.recipes import list_recipes, recipe_path
 from tests.cli.conftest import Run
 
@@ -27,6 +28,7 @@ SMALL = {
     "log_every": 1,
     "accelerator": "cpu",
 }
+WITHOUT_CHECKPOINT = ("crosskd/faster_rcnn_r18_r50_1x", "rm_pfi/retinanet_r50_r101_voc")
 PUBLISHED = [name for name in list_recipes() if "/" in name and not name.startswith("small/")]
 
 
@@ -85,10 +87,25 @@ def test_a_published_recipe_takes_a_step_with_every_term(
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_a_published_recipe_says_what_was_published(name: str) -> None:
+    told = header_of(name)
+    assert re.search(r"Published AP\b.*?: .*\d\d\.\d|published AP|[Nn]o result is published", told)
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_a_published_recipe_names_the_checkpoint_of_its_teacher(name: str) -> None:
+    told = header_of(name)
+    teacher = re.search(r"--teacher (\w+)=FILE", told)
+    named = re.search(r"checkpoint (\S+?)[.;]? ", told + " ")
+    assert named is not None or teacher is None or name in WITHOUT_CHECKPOINT
+    if named is not None and teacher is not None:
+        assert [c.detector for c in list_checkpoints() if c.name == named[1]] == [teacher[1]]
+
+
+def header_of(name: str) -> str:
+    """The comment at the top of a recipe, as one line."""
     header = re.match(r"(?:#.*\n)+", recipe_path(name).read_text(encoding="utf-8"))
     assert header is not None
-    told = " ".join(header[0].split()).replace(" # ", " ")
-    assert re.search(r"Published AP\b.*?: .*\d\d\.\d|published AP|[Nn]o result is published", told)
+    return " ".join(header[0].split()).replace(" # ", " ")
 
 
 @pytest.mark.slow
