@@ -110,6 +110,8 @@ def load_detector(
     Raises:
         UserError: missing, truncated or foreign file, code in a pickle, tensors that do not fit.
     """
+    if "num_classes" in options:
+        raise UserError("load_detector: the weights say num_classes; leave it out")
     file = _weights_file(Path(name if path is None else path))
     wanted = None if path is None else str(name)
     facts_file = file.with_suffix(".json")
