@@ -1,7 +1,10 @@
 """Runs: what they leave, how they stop, how they go on."""
 
+import io
 import json
+import re
 import shutil
+import sys
 
 import pytest
 import torch
@@ -9,7 +12,7 @@ import torch
 import detdistill.engine.train as engine
 from detdistill import Distiller, UserError, load_detector
 from detdistill.engine import checkpoint
-from detdistill.engine.log import MetricsFile, TermWindow
+from detdistill.engine.log import MetricsFile, RunDisplay, TermWindow
 from detdistill.engine.optim import learning_rate
 from detdistill.engine.train import train
 
@@ -314,6 +317,25 @@ def test_a_distillation_term_that_stays_zero_warns_once(tmp_path):
         assert len(warnings) == (step >= 49)
     [warning] = warnings
     assert warning.startswith("crosskd/cls was exactly 0 for 50 steps")
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def test_times_stay_readable_on_a_narrow_terminal(monkeypatch):
+    for name, value in {"COLUMNS": "80", "TERM": "xterm", "NO_COLOR": "1"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr("sys.stderr", Terminal())
+    display = RunDisplay("runs/distilled", 1600, 0, quiet=False)
+    display.open()
+    terms = {f"crosskd/{name}": 0.5 for name in ("cls", "box", "quality", "other", "more")}
+    display.step(800, terms, 45.6)
+    display.close()
+    shown = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", sys.stderr.getvalue()).splitlines()
+    last = next(line for line in reversed(shown) if "800/1600" in line)
+    assert re.search(r"800/1600 +\d:\d\d:\d\d +(\d:\d\d:\d\d|-:--:--) +45\.6 img/s", last)
 
 
 def test_window_means(tmp_path):
