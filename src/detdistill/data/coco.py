@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import reprlib
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -31,6 +32,7 @@ Row = tuple[Box, Box, int, bool, float]  # clipped xyxy, stated xywh, label, cro
 TOLERANCE = 1.0
 """Pixels that a box may poke out of its image before that counts as a fault."""
 
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
 _MIN_SIDE = 1e-3  # pixels; what is thinner has no area left in float32
 
 
@@ -229,8 +231,8 @@ def _categories(data: Json, source: Path) -> dict[int, str]:
     for place, entry in enumerate(data["categories"]):
         number = _unique_id(entry, "category", place, names, source)
         name = entry.get("name")
-        if not isinstance(name, str) or not name.strip():
-            raise UserError(f"{source}: category {number} has the name {name!r}; expected a text")
+        if not isinstance(name, str) or not name.strip() or _CONTROL.search(name):
+            raise UserError(f"{source}: category {number} has the name {name!r}; expected a line")
         if name in names.values():
             raise UserError(f"{source}: two categories are called {name!r}; give each its own name")
         names[number] = name
