@@ -117,8 +117,6 @@ def load_detector(
     facts_file = file.with_suffix(".json")
     if file.suffix == ".safetensors" and facts_file.exists():
         return _load_own(file, _read_facts(facts_file), wanted, strict, options)
-    if file == facts_file:
-        raise UserError(f"{file}: not the weights; give the .safetensors file beside it")
     if wanted is None:
         raise UserError(
             f"{file}: no {facts_file.name} beside it says which detector this is; "
@@ -158,6 +156,8 @@ def _weights_file(path: Path) -> Path:
         return file
     if not path.exists():
         raise UserError(f"{path}: no such weights file or run folder")
+    if path.suffix == ".json":
+        raise UserError(f"{path}: not the weights; give the .safetensors file beside it")
     return path
 
 
