@@ -1,8 +1,11 @@
 """Records: what can be read from them in two ways agrees."""
 
+import pytest
 import torch
 
+from detdistill import Batch, Distiller, UserError
 from detdistill.structures import flatten_maps, rows_of_maps
+from tests.helpers import narrow
 
 
 def test_rows_of_maps_are_those_of_the_flattened_maps():
@@ -21,3 +24,39 @@ def test_no_rows_keep_the_maps_gradient():
     found = rows_of_maps([level], none, none)
     found.sum().backward()
     assert found.shape == (0, 3) and not level.grad.any()
+
+
+def batch_of(*targets, images=1, sizes=1):
+    return Batch(torch.zeros(images, 3, 64, 64), [(64, 64)] * sizes, targets)
+
+
+def target(boxes, labels):
+    return {"boxes": torch.tensor(boxes), "labels": torch.tensor(labels)}
+
+
+BOX = [1.0, 1.0, 20.0, 30.0]
+
+
+@pytest.mark.parametrize(
+    ("batch", "message"),
+    [
+        (batch_of(target([BOX], [0]), sizes=2), "has 1 images, 2 sizes and 1 targets"),
+        (batch_of(), "has 1 images, 1 sizes and 0 targets"),
+        (batch_of(target([BOX, BOX], [0])), r"boxes \(2, 4\) and labels \(1,\)"),
+        (batch_of(target(BOX, [0, 1, 2, 1])), r"boxes \(4,\) and labels \(4,\)"),
+        (batch_of(target([BOX], [3])), "label 3; the student has classes 0 to 2"),
+        (batch_of(target([BOX, BOX], [1, -1])), "a label below 0; the student has"),
+        (batch_of(target([[1, 1, 9, float("nan")]], [0])), "a box that is not finite"),
+    ],
+)
+def test_a_batch_that_contradicts_itself_is_refused(batch, message):
+    with pytest.raises(UserError, match=message):
+        Distiller(narrow())(batch)
+
+
+@pytest.mark.parametrize(
+    "images", [torch.zeros(3, 40, 50), [torch.zeros(4, 40, 50)], [torch.zeros(3, 0, 5)], [None]]
+)
+def test_predict_says_which_images_it_takes(images):
+    with pytest.raises(UserError, match=r"expected tensors \(3, h, w\), RGB, in a list"):
+        narrow().predict(images)

@@ -13,6 +13,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from detdistill.errors import UserError
+
 IGNORE = -1
 """Label of a ground-truth slot that is padding, and of an anchor that nobody learns from."""
 GROUND_TRUTH = -1
@@ -66,13 +68,25 @@ class Batch:
     image_ids: Sequence[int] = ()
 
     def padded_targets(self) -> Targets:
-        """The ground truth as one `Targets` record."""
+        """The ground truth as one `Targets` record; `UserError` where its parts do not match."""
+        counts = (len(self.images), len(self.sizes), len(self.targets))
+        if len(set(counts)) > 1:
+            raise UserError(
+                "the batch has {} images, {} sizes and {} targets; give one of each per "
+                "image".format(*counts)
+            )
         # At least one slot, so that assignment needs no branch for batches without boxes.
         most = max((len(target["boxes"]) for target in self.targets), default=0) or 1
         boxes = self.images.new_zeros((len(self.sizes), most, 4), dtype=torch.float32)
         labels = torch.full(boxes.shape[:2], IGNORE, dtype=torch.int64, device=boxes.device)
         for i, target in enumerate(self.targets):
             count = len(target["boxes"])
+            if target["boxes"].shape != (count, 4) or target["labels"].shape != (count,):
+                shapes = [tuple(target[key].shape) for key in ("boxes", "labels")]
+                raise UserError(
+                    f"target {i} of the batch has boxes {shapes[0]} and labels {shapes[1]}; "
+                    f"expected (N, 4) and (N,)"
+                )
             boxes[i, :count] = target["boxes"].to(boxes)
             labels[i, :count] = target["labels"].to(labels)
         return Targets(boxes, labels, tuple((int(h), int(w)) for h, w in self.sizes))

@@ -130,6 +130,10 @@ def _set(kind, place, key, value):
         (_set("annotations", 1, "id", 1), "annotation id 1 occurs twice"),
         (_set("categories", 1, "name", "dog"), "two categories are called 'dog'"),
         (_set("categories", 1, "name", None), "category 7 has the name None"),
+        (
+            _set("categories", 1, "name", "a\nb"),
+            r"category 7 has the name 'a\\nb'; expected a line",
+        ),
         (_set("images", 0, "file_name", None), "image 11 has the file_name None"),
         (_set("images", 0, "file_name", "../x.png"), "image 11 .* leaves"),
         (_set("images", 0, "file_name", "sub/../../x.png"), "image 11 .* leaves"),

@@ -123,6 +123,11 @@ def test_the_facts_are_not_the_weights(saved):
         load_detector(saved.with_suffix(".json"))
 
 
+def test_the_weights_say_the_number_of_classes(saved):
+    with pytest.raises(UserError, match="the weights say num_classes"):
+        load_detector(saved, num_classes=5)
+
+
 def test_an_empty_table(tmp_path):
     torch.save({}, tmp_path / "weights.pth")
     with pytest.raises(UserError, match="table of tensors is empty"):
@@ -252,3 +257,9 @@ def test_files_without_batch_norm_counters_load(tmp_path):
 def test_refusals_name_the_fault(name, options, message):
     with pytest.raises(UserError, match=message):
         create_detector(name, 3, **options)
+
+
+@pytest.mark.parametrize("num_classes", [0, -1, 2.0, "3"])
+def test_a_number_of_classes(num_classes):
+    with pytest.raises(UserError, match="expected a whole number from 1 on"):
+        create_detector("gfl_r18", num_classes)

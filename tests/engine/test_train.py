@@ -9,7 +9,6 @@ import torch
 import detdistill.engine.train as engine
 from detdistill import Distiller, UserError, load_detector
 from detdistill.engine import checkpoint
-from detdistill.engine.log import MetricsFile, TermWindow
 from detdistill.engine.optim import learning_rate
 from detdistill.engine.train import train
 
@@ -314,33 +313,6 @@ def test_faults_are_listed_in_full(recipe, tmp_path, data):
     path.write_text(json.dumps(values))
     train(recipe(data=str(folder), max_steps=1), tmp_path / "run")
     assert len((tmp_path / "run" / "faults.txt").read_text().splitlines()) == 5
-
-
-def test_a_distillation_term_that_stays_zero_warns_once(tmp_path):
-    window = TermWindow(tmp_path)
-    warnings = []
-    for step in range(120):
-        raw = {"task/box": 0.0, "crosskd/cls": 0.0, "crosskd/box": 0.1}
-        window.add(raw, raw, step, [1])
-        window.add(raw, raw, step, [2])  # micro batches of one step count once
-        warnings += window.end_step()
-        assert len(warnings) == (step >= 49)
-    [warning] = warnings
-    assert warning.startswith("crosskd/cls was exactly 0 for 50 steps")
-
-
-def test_window_means(tmp_path):
-    window = TermWindow(tmp_path)
-    window.add({"a": 1.0}, {"a": 2.0}, 0, [])
-    window.add({"a": 3.0}, {"a": 6.0}, 1, [])
-    assert window.take() == ({"a": 2.0}, {"a": 4.0})
-
-
-def test_metrics_written_after_the_checkpoint_are_dropped(tmp_path):
-    path = tmp_path / "metrics.jsonl"
-    path.write_bytes(b'{"step": 1}\n[]\n\xff\x00\n{"step": 2}\n{"step": 3}\n{"step"')
-    MetricsFile(path, 2).write({"step": 3})
-    assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1, 2, 3]
 
 
 def test_refusals_write_nothing(recipe, tmp_path):

@@ -132,6 +132,19 @@ def test_public_evaluate(folder):
     assert numbers["AP"] == pytest.approx(1.0) and numbers["APl"] == pytest.approx(1.0)
 
 
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"split": "dev"}, "split is 'dev'"),
+        ({"resize_short": 0}, r"evaluate: resize_short\.0"),
+        ({"batch_size": 0}, "evaluate: eval_batch"),
+    ],
+)
+def test_public_evaluate_refuses_in_a_sentence(folder, given, message):
+    with pytest.raises(UserError, match=message):
+        evaluate(KnowsAll(), folder, **given)
+
+
 class Seen(nn.Module):
     """Notes what it is asked to predict."""
 

@@ -1,8 +1,13 @@
 """The page about a study: complete, self-contained, the same in every build."""
 
+import json
+import shutil
+import warnings
+
+from detdistill.data import open_dataset
 from detdistill.study.report import write_report
 from tests.drawing.page_reader import read_page
-from tests.study.fabricated_study import run_study
+from tests.study.fabricated_study import World, run_study
 
 
 def test_report_is_self_contained_and_says_what_it_shows(recipe, reported_world, tmp_path):
@@ -36,6 +41,24 @@ def test_report_is_the_same_in_every_build(recipe, reported_world, tmp_path):
     first = (out / "report.html").read_bytes()
     run_study(recipe, out, seeds=[0])
     assert (out / "report.html").read_bytes() == first
+
+
+def test_any_class_name_can_be_drawn(recipe, data_folder, monkeypatch, tmp_path):
+    folder = shutil.copytree(data_folder, tmp_path / "data")
+    names = ["$\\foo$ to $2", "漢字 🙂", "long " * 40]
+    for path in (folder / "annotations").iterdir():
+        values = json.loads(path.read_text())
+        for category, name in zip(values["categories"], names, strict=True):
+            category["name"] = name
+        path.write_text(json.dumps(values))
+    recipe = recipe.model_copy(update={"data": str(folder)})
+    World(open_dataset(recipe, "test")).install(monkeypatch)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "Glyph")
+        run_study(recipe, tmp_path / "study", seeds=[0])
+    text = (tmp_path / "study/report.html").read_text()
+    assert names[0] in text and names[1] in text
+    assert ("long " * 8)[:-1] + "…" in text
 
 
 def test_names_are_escaped(recipe, reported_world, tmp_path):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import reprlib
 import sys
 from collections.abc import Container
@@ -20,6 +21,8 @@ from detdistill.data.collector import Box, BoxCollector, ImageFile
 from detdistill.data.dataset import DetectionDataset, Json, MissingSplitError, SplitReader
 from detdistill.data.files import require_folder
 from detdistill.errors import UserError
+
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
 
 # (annotation file, image folder) below the data folder; {} is the split
 _LAYOUTS = (
@@ -109,8 +112,8 @@ def _categories(data: Json, source: Path) -> dict[int, str]:
     for place, entry in enumerate(data["categories"]):
         number = _unique_id(entry, "category", place, names, source)
         name = entry.get("name")
-        if not isinstance(name, str) or not name.strip():
-            raise UserError(f"{source}: category {number} has the name {name!r}; expected a text")
+        if not isinstance(name, str) or not name.strip() or _CONTROL.search(name):
+            raise UserError(f"{source}: category {number} has the name {name!r}; expected a line")
         if name in names.values():
             raise UserError(f"{source}: two categories are called {name!r}; give each its own name")
         names[number] = name

@@ -70,8 +70,8 @@ class FPNDetector(nn.Module):
     ) -> None:
         """Builds backbone and pyramid."""
         super().__init__()
-        if num_classes < 1:
-            raise UserError(f"num_classes is {num_classes}; a detector needs at least one class")
+        if not isinstance(num_classes, int) or num_classes < 1:
+            raise UserError(f"num_classes is {num_classes!r}; expected a whole number from 1 on")
         self.name = f"{self.family}_{backbone}"
         self.num_classes = num_classes
         self.options: dict[str, Any] = {}  # what `create_detector` was given, for model.json

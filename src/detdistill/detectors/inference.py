@@ -11,6 +11,7 @@ from torchvision.ops import batched_nms
 from torchvision.transforms.v2 import functional as image_ops
 
 from detdistill.boxes import clip_xyxy, has_area, keep_ratio_size
+from detdistill.errors import UserError
 from detdistill.structures import Batch, DenseOutput, Detections, flatten_maps
 
 if TYPE_CHECKING:
@@ -68,6 +69,12 @@ def predict_image(
     detector: FPNDetector, image: Tensor, score_threshold: float, max_detections: int
 ) -> Detections:
     """What `FPNDetector.predict` says, for one image (3, h, w)."""
+    shape = tuple(getattr(image, "shape", ()))
+    if not isinstance(image, Tensor) or len(shape) != 3 or shape[0] != 3 or 0 in shape:
+        raise UserError(
+            f"predict found an image that is a {type(image).__name__} of shape {shape}; expected "
+            f"tensors (3, h, w), RGB, in a list or as (B, 3, h, w)"
+        )
     height, width = int(image.shape[-2]), int(image.shape[-1])
     size = (height, width)
     if detector.input_size is not None:

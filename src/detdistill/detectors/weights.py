@@ -110,13 +110,13 @@ def load_detector(
     Raises:
         UserError: missing, truncated or foreign file, code in a pickle, tensors that do not fit.
     """
+    if "num_classes" in options:
+        raise UserError("load_detector: the weights say num_classes; leave it out")
     file = _weights_file(Path(name if path is None else path))
     wanted = None if path is None else str(name)
     facts_file = file.with_suffix(".json")
     if file.suffix == ".safetensors" and facts_file.exists():
         return _load_own(file, _read_facts(facts_file), wanted, strict, options)
-    if file == facts_file:
-        raise UserError(f"{file}: not the weights; give the .safetensors file beside it")
     if wanted is None:
         raise UserError(
             f"{file}: no {facts_file.name} beside it says which detector this is; "
@@ -156,6 +156,8 @@ def _weights_file(path: Path) -> Path:
         return file
     if not path.exists():
         raise UserError(f"{path}: no such weights file or run folder")
+    if path.suffix == ".json":
+        raise UserError(f"{path}: not the weights; give the .safetensors file beside it")
     return path
 
 

@@ -90,7 +90,7 @@ class Distiller(nn.Module):
         `raw` holds them unweighted; `resting` names those that their schedule silences now.
         """
         student, targets = self.student, batch.padded_targets()
-        _check_labels(targets.labels, student.num_classes)
+        _check(targets, batch, student.num_classes)
         output = student.head(
             student.pyramid(student.normalize(batch)), keep_pre_activation=self._keep
         )
@@ -154,9 +154,12 @@ def _silent(method: Method, output: DenseOutput) -> dict[str, Tensor]:
     return dict.fromkeys(method.weights, tie)
 
 
-def _check_labels(labels: Tensor, num_classes: int) -> None:
-    if int(labels.max()) >= num_classes:
-        raise UserError(
-            f"the batch holds label {int(labels.max())}; the student has classes 0 to "
-            f"{num_classes - 1}"
-        )
+def _check(targets: Targets, batch: Batch, num_classes: int) -> None:
+    count = sum(len(target["labels"]) for target in batch.targets)
+    found = (targets.labels.max(), targets.present.sum(), targets.boxes.isfinite().all())
+    highest, known, finite = torch.stack(found).tolist()  # one wait for the device
+    if highest >= num_classes or known < count:
+        which = f"label {highest}" if highest >= num_classes else "a label below 0"
+        raise UserError(f"the batch holds {which}; the student has classes 0 to {num_classes - 1}")
+    if not finite:
+        raise UserError("the batch holds a box that is not finite; look at its targets")

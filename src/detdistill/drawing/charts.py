@@ -5,6 +5,7 @@ from __future__ import annotations
 import html
 import io
 import re
+import warnings
 from typing import Any
 
 import matplotlib
@@ -14,6 +15,7 @@ WIDTH = 9.6  # inches; at font size 10 the text comes out about as large as the 
 INK = "#123456"  # replaced by the page's own text colour
 STYLE: Any = {
     "svg.fonttype": "none",
+    "text.parse_math": False,  # names may hold a $
     "font.family": "sans-serif",
     "font.size": 10,
     "axes.spines.top": False,
@@ -34,7 +36,9 @@ def svg(figure: Figure, name: str, description: str) -> str:
     """The figure as an `<svg>` element without XML preamble, with a text for screen readers."""
     memory = io.StringIO()
     # The salt makes element ids the same in every build; the prefix keeps charts apart on a page.
-    with matplotlib.rc_context({**STYLE, "svg.hashsalt": name}):
+    with matplotlib.rc_context({**STYLE, "svg.hashsalt": name}), warnings.catch_warnings():
+        # The page's fonts draw the text, and have what matplotlib's own lacks.
+        warnings.filterwarnings("ignore", "Glyph")
         figure.savefig(memory, format="svg", transparent=True, metadata={"Date": None})
     text = memory.getvalue()
     text = text[text.index("<svg") :]

@@ -80,6 +80,8 @@ def load_checkpoint(path: Path) -> dict[str, Any] | None:
         return None
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
+    except (PermissionError, MemoryError):
+        raise  # nothing that deleting the checkpoint would mend
     except Exception as error:  # a damaged file can raise anything
         raise unusable_checkpoint(path, type(error).__name__) from None
     if not isinstance(state, dict) or not STATE <= state.keys():

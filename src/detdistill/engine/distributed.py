@@ -36,6 +36,8 @@ MARK = "DETDISTILL_STOPPED"
 
 GRACE = 2.0  # seconds, for the sentence of the process that had to stop
 
+_running = threading.Event()  # between the begin and the end of a run
+
 
 class _KeepInputs:
     """Batches pass unchanged: boxes must not be rounded to half precision."""
@@ -125,18 +127,19 @@ def _end_together() -> None:
         folder = Path(tempfile.mkdtemp(prefix="detdistill-"))
         os.environ[MARK] = str(folder / "stopped")
         atexit.register(shutil.rmtree, folder, ignore_errors=True)
-        threading.Thread(target=_end_with_the_others, args=(folder,), daemon=True).start()
+        threading.Thread(target=_end_if_left_waiting, args=(folder,), daemon=True).start()
     elif MARK in os.environ and not is_first_here():
         end_with_parent(os.getppid())
 
 
-def _end_with_the_others(folder: Path) -> None:
+def _end_if_left_waiting(folder: Path) -> None:
     """The first process may wait for ever for one that had to stop."""
-    while not (folder / "stopped").exists():
+    while not ((folder / "stopped").exists() and _running.is_set()):
         time.sleep(0.5)
     time.sleep(GRACE)
-    shutil.rmtree(folder, ignore_errors=True)
-    os._exit(2)
+    if _running.is_set():
+        shutil.rmtree(folder, ignore_errors=True)
+        os._exit(2)
 
 
 @contextmanager
@@ -146,6 +149,7 @@ def one_voice() -> Iterator[None]:
     if mark is None:
         yield
         return
+    _running.set()
     try:
         with disk_faults_told():
             yield
@@ -168,6 +172,8 @@ def one_voice() -> Iterator[None]:
         silent = UserError("another process of this run had to stop")
         silent.told = True
         raise silent from None
+    finally:
+        _running.clear()
 
 
 def _leave_last() -> None:

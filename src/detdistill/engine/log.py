@@ -16,10 +16,13 @@ from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
     Progress,
+    ProgressColumn,
+    Task,
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+from rich.text import Text
 
 from detdistill.engine.checkpoint import last_good, write_text
 from detdistill.errors import UserError
@@ -110,6 +113,14 @@ class TermWindow:
         return raw, weighted
 
 
+class _Terms(ProgressColumn):
+    """What gives way on a narrow terminal; the times beside it stay readable."""
+
+    def render(self, task: Task) -> Text:
+        """On one line, cut off where there is no room."""
+        return Text(task.fields["terms"], no_wrap=True, overflow="ellipsis")
+
+
 class RunDisplay:
     """A progress bar on a terminal, plain lines elsewhere, nothing on further processes."""
 
@@ -128,7 +139,7 @@ class RunDisplay:
                 MofNCompleteColumn(),
                 TimeElapsedColumn(),
                 TimeRemainingColumn(),
-                TextColumn("{task.fields[terms]}"),
+                _Terms(),
                 console=self._console,
             )
             self._task = self._bar.add_task(title, total=total, completed=done, terms="")

@@ -94,6 +94,8 @@ class Run:
         if state is not None:
             try:
                 self._restore(state)
+            except torch.OutOfMemoryError:
+                raise  # the checkpoint is as good as before
             except (KeyError, TypeError, ValueError, RuntimeError) as error:
                 raise unusable_checkpoint(self._checkpoint, type(error).__name__) from None
         self.metrics: MetricsFile | None = None

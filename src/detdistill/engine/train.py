@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import closing, nullcontext
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import cast
 
@@ -40,12 +40,15 @@ def train(recipe: Recipe, out: Path, *, resume: bool = False) -> RunResult:
         UserError: for unusable input, before anything is written; for a non-finite loss.
     """
     fabric = launch(recipe)
-    with one_voice():
-        return _train(recipe, out, resume, fabric)
+    with one_voice(), ExitStack() as stack:
+        return _train(recipe, out, resume, fabric, stack)
 
 
-def _train(recipe: Recipe, out: Path, resume: bool, fabric: Fabric) -> RunResult:
-    if fabric.is_global_zero:
+def _train(recipe: Recipe, out: Path, resume: bool, fabric: Fabric, stack: ExitStack) -> RunResult:
+    first, old = fabric.is_global_zero, out.is_dir()
+    if first:
+        if old:  # before its checkpoint is read
+            stack.enter_context(exclusive(out))
         check_run(out, recipe, resume)
     finished: RunResult | None = fabric.broadcast(finished_run(out) if resume else None)
     if finished is not None:
@@ -59,12 +62,14 @@ def _train(recipe: Recipe, out: Path, resume: bool, fabric: Fabric) -> RunResult
     run = Run(recipe, out, fabric, parts, batches, state)
     # Whatever can be wrong with the input has shown by now, and nothing is written yet.
     fabric.barrier()
-    with exclusive(out) if fabric.is_global_zero else nullcontext(), closing(run):
-        if fabric.is_global_zero:
-            start_run(out, recipe, resume)
-        fabric.barrier()
-        run.open()
-        return run.finish() if run.step >= run.total_steps else _loop(run)
+    if first:
+        if not old:
+            stack.enter_context(exclusive(out))
+        start_run(out, recipe, resume)
+    fabric.barrier()
+    stack.enter_context(closing(run))
+    run.open()
+    return run.finish() if run.step >= run.total_steps else _loop(run)
 
 
 def _loop(run: Run) -> RunResult:

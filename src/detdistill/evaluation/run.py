@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 
@@ -13,7 +13,7 @@ from detdistill.data.splits import Split
 from detdistill.detectors import FPNDetector
 from detdistill.errors import UserError
 from detdistill.evaluation.coco import CocoMetrics, Result, coco_metrics
-from detdistill.recipe import Recipe
+from detdistill.recipe import Recipe, validate_recipe
 from detdistill.structures import Detections
 
 Device = torch.device | str
@@ -99,7 +99,9 @@ def evaluate(
         settings["resize_short"] = [resize_short]
     if resize_long is not None:
         settings["resize_long"] = resize_long
-    recipe = Recipe(**settings)
+    recipe = validate_recipe(settings, "evaluate")
+    if split not in get_args(Split):
+        raise UserError(f"evaluate: split is {split!r}; expected one of {get_args(Split)}")
     if device is None:
         device = next(detector.parameters()).device
     return evaluate_dataset(detector, open_dataset(recipe, split), recipe, device).numbers

@@ -17,6 +17,7 @@ from detdistill.study.runs import RunScore, read_log
 from detdistill.study.summary import Arm, control_of
 
 METHOD_COLOURS = ("#2f7de1", "#1f9d6b", "#a25ddc", "#d6498f", "#0f9fb5")
+LONGEST = 40  # characters of a class name that a chart shows
 COLOURS = {"teacher": "#8b929c", "control": "#e07b1f", "same_time": "#c9a227"}
 
 
@@ -129,7 +130,8 @@ def class_chart(arm: Arm, control: Arm, colour: str, limit: int = 30) -> str | N
         bars = axes.barh(range(len(names)), values, color=shades, height=0.68)
         axes.bar_label(bars, [f"{value:+.1f}" for value in values], padding=4)
         axes.axvline(0, color=INK, lw=0.8)
-        axes.set_yticks(range(len(names)), names)
+        labels = [name if len(name) <= LONGEST else f"{name[: LONGEST - 1]}…" for name in names]
+        axes.set_yticks(range(len(names)), labels)
         axes.set_ylim(len(names) - 0.4, -0.6)
         axes.margins(x=0.14)
         axes.grid(axis="y", visible=False)
