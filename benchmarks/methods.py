@@ -24,8 +24,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from step import Clock, Contender, make_batch
 
+from common import Clock, make_batch
 from detdistill import Batch, Distiller, create_detector, create_method, list_methods
 
 PLAIN = [("retinanet", "retinanet")]
@@ -42,11 +42,18 @@ STUDENT, TEACHER = (0, "student"), (1, "teacher")
 Contenders = dict[str, Callable[[], object]]
 
 
-class CostClock(Clock):
-    """CPU seconds of this process where there is no CUDA."""
+class DeviceClock(Clock):
+    """CPU seconds of this process, or with CUDA wall time with the device's queue emptied."""
+
+    def __init__(self, device: str) -> None:
+        super().__init__()
+        self.device = device
 
     def now(self) -> float:
-        return super().now() if self.device == "cuda" else time.process_time()
+        if self.device == "cpu":
+            return super().now()
+        torch.cuda.synchronize()
+        return time.perf_counter()
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -72,8 +79,9 @@ class Row:
     ) -> None:
         self.options, self.method = options, method
         self.pair = (student, teacher)
-        self.clock = CostClock(options.device)
-        self.batch: Batch = make_batch(options).to(options.device)
+        self.clock = DeviceClock(options.device)
+        batch = make_batch(options.batch, options.size, options.classes, options.boxes)
+        self.batch: Batch = batch.to(options.device)
 
     def contenders(self, wanted: str) -> Contenders:
         """What has to run, by name; `wanted` is STEP, PARTS or ASSISTED.
@@ -105,8 +113,15 @@ class Row:
 
     def _training(self, distiller: Distiller) -> Callable[[], object]:
         distiller.to(self.options.device).train()
-        contender = Contender(distiller, distiller)
-        return lambda: contender.step(self.batch, "fp32", self.clock, split=False)
+        parameters = [p for p in distiller.parameters() if p.requires_grad]
+        optimizer = torch.optim.SGD(parameters, lr=1e-4, momentum=0.9)
+
+        def run() -> None:
+            torch.stack(list(distiller(self.batch).values())).sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+        return run
 
     def _teacher_pass(self, teacher: Any, whole: bool) -> Callable[[], object]:
         @torch.no_grad()
