@@ -326,3 +326,15 @@ class Detections:
         """The same detections with boxes multiplied per axis."""
         factor = self.boxes_xyxy.new_tensor([scale_x, scale_y, scale_x, scale_y])
         return Detections(self.boxes_xyxy * factor, self.scores, self.labels)
+
+
+def check_targets(targets: Targets, batch: Batch, num_classes: int) -> None:
+    """`UserError` where a batch has labels outside 0..K-1 or boxes that are not finite."""
+    count = sum(len(target["labels"]) for target in batch.targets)
+    found = (targets.labels.max(), targets.present.sum(), targets.boxes.isfinite().all())
+    highest, known, finite = torch.stack(found).tolist()  # one wait for the device
+    if highest >= num_classes or known < count:
+        which = f"label {highest}" if highest >= num_classes else "a label below 0"
+        raise UserError(f"the batch holds {which}; the student has classes 0 to {num_classes - 1}")
+    if not finite:
+        raise UserError("the batch holds a box that is not finite; look at its targets")

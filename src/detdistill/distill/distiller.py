@@ -18,6 +18,7 @@ from detdistill.structures import (
     Predictions,
     Targets,
     TwoStageAssignment,
+    check_targets,
 )
 
 
@@ -90,7 +91,7 @@ class Distiller(nn.Module):
         `raw` holds them unweighted; `resting` names those that their schedule silences now.
         """
         student, targets = self.student, batch.padded_targets()
-        _check(targets, batch, student.num_classes)
+        check_targets(targets, batch, student.num_classes)
         output = student.head(
             student.pyramid(student.normalize(batch)), keep_pre_activation=self._keep
         )
@@ -152,14 +153,3 @@ def _silent(method: Method, output: DenseOutput) -> dict[str, Tensor]:
     """Terms of a method that its schedule silences: 0, tied to all that it would train."""
     tie = sum((p.sum() for p in method.parameters()), output.pyramid[0].sum()) * 0
     return dict.fromkeys(method.weights, tie)
-
-
-def _check(targets: Targets, batch: Batch, num_classes: int) -> None:
-    count = sum(len(target["labels"]) for target in batch.targets)
-    found = (targets.labels.max(), targets.present.sum(), targets.boxes.isfinite().all())
-    highest, known, finite = torch.stack(found).tolist()  # one wait for the device
-    if highest >= num_classes or known < count:
-        which = f"label {highest}" if highest >= num_classes else "a label below 0"
-        raise UserError(f"the batch holds {which}; the student has classes 0 to {num_classes - 1}")
-    if not finite:
-        raise UserError("the batch holds a box that is not finite; look at its targets")
