@@ -16,15 +16,18 @@ from detdistill.errors import UserError
 T = TypeVar("T")
 AtLeastOne = Annotated[int, Ge(1)]
 """A count or a width."""
+SHOWN = 30  # names in a message
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """`"did you mean X?"` when a known name is close, else the list of known names."""
+    """`"did you mean X?"` when a known name is close, else the known names, or some of many."""
     known = sorted(known)
-    close = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
-    if close:
-        return f"did you mean {close[0]!r}?"
-    return f"known: {', '.join(known)}"
+    for spelling in (name, name.lower()):
+        close = difflib.get_close_matches(spelling, known, n=1, cutoff=0.6)
+        if close:
+            return f"did you mean {close[0]!r}?"
+    more = f" and {len(known) - SHOWN} more" if len(known) > SHOWN else ""
+    return f"known: {', '.join(known[:SHOWN])}{more}"
 
 
 class Registry(Generic[T]):
