@@ -20,16 +20,18 @@ Width = Annotated[int, Ge(1), Le(8192)]
 """Channels or bins; with more of them a network does not fit into any memory."""
 Depth = Annotated[int, Ge(0), Le(64)]
 """Blocks, one after the other."""
+SHOWN = 30  # names in a message
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """`"did you mean X?"` when a known name is close, else the list of known names."""
+    """`"did you mean X?"` when a known name is close, else the known names, or some of many."""
     known = sorted(known)
     lowered = {entry.lower(): entry for entry in known}
     close = difflib.get_close_matches(name.lower(), lowered, n=1, cutoff=0.6)
     if close:
         return f"did you mean {lowered[close[0]]!r}?"
-    return f"known: {', '.join(known)}"
+    more = f" and {len(known) - SHOWN} more" if len(known) > SHOWN else ""
+    return f"known: {', '.join(known[:SHOWN])}{more}"
 
 
 class Registry(Generic[T]):

@@ -195,10 +195,10 @@ def test_mmdetection_keys_and_shapes_say_the_options(name, options, num_classes,
 def test_weights_of_another_family_are_refused(tmp_path):
     file = tmp_path / "weights.pth"
     torch.save(to_mmdetection(narrow("faster_rcnn_r18").state_dict(), 1), file)
-    with pytest.raises(UserError, match=r"missing roi_heads\.1\.shared\.0\.weight"):
+    with pytest.raises(UserError, match="holds the weights of faster_rcnn_r18, not of cascade"):
         load_detector("cascade_rcnn_r18", file)
     torch.save(narrow("retinanet_r18").state_dict(), file)
-    with pytest.raises(UserError, match="these are not the weights of faster_rcnn_r18"):
+    with pytest.raises(UserError, match="holds the weights of retinanet_r18, not of faster_rcnn"):
         load_detector("faster_rcnn_r18", file)
 
 

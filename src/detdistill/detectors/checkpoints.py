@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterator
 
 import torch
@@ -12,6 +13,24 @@ from detdistill.detectors.base import FPNDetector
 from detdistill.errors import UserError
 
 SWIN, MOBILENET = "swin", "mobilenetv2"
+RESNETS: dict[tuple[bool, tuple[int, ...]], str] = {
+    (False, (2, 2, 2, 2)): "r18",
+    (False, (3, 4, 6, 3)): "r34",
+    (True, (3, 4, 6, 3)): "r50",
+    (True, (3, 4, 23, 3)): "r101",
+    (True, (3, 8, 36, 3)): "r152",
+}
+"""Short names, by whether blocks are bottlenecks and how many each stage has."""
+SIGNS = {
+    "distributions.weight": "gfl",
+    "distances.weight": "fcos",
+    "init_points.weight": "reppoints",
+    "roi_heads.1.logits.weight": "cascade_rcnn",
+    "roi_heads.0.logits.weight": "faster_rcnn",
+    "quality.weight": "atss",
+    "deltas.weight": "retinanet",
+}
+"""Tensors (our names) that say a family; the first that is there counts."""
 
 
 def _mobilenet_rows() -> Iterator[tuple[str, str, str]]:
@@ -164,6 +183,22 @@ def from_mmdetection(state: dict[str, Tensor]) -> dict[str, Tensor]:
         for name, tensor in renamed.items()
         if name is not None
     }
+
+
+def family_of(state: dict[str, Tensor]) -> str | None:
+    """The family that tensors (our names) are of; None where none has them."""
+    return next((family for sign, family in SIGNS.items() if sign in state), None)
+
+
+def resnet_of(state: dict[str, Tensor]) -> str | None:
+    """Short name of the plain ResNet among a detector's tensors (our names, or torchvision's)."""
+    keys = (re.fullmatch(r"backbone\.body\.(layer\d)\.\d+\.conv1\.weight", key) for key in state)
+    blocks = Counter(found[1] for found in keys if found)
+    deep = "backbone.body.layer4.0.conv3.weight" in state
+    middle = state.get("backbone.body.layer1.0.conv2.weight")
+    if middle is None or middle.shape[0] != middle.shape[1]:  # a ResNeXt's are in groups
+        return None
+    return RESNETS.get((deep, tuple(blocks[f"layer{i}"] for i in (1, 2, 3, 4))))
 
 
 def _merge_order(tensor: Tensor) -> Tensor:

@@ -18,6 +18,9 @@ from detdistill.errors import UserError, UserNotice
 FOREIGN_OBJECTS = ("Unsupported global", "Unsupported class", "Trying to", "Can only")
 """What `torch.load` says of objects that it will not make; all else means a damaged file."""
 
+UNKNOWN_CODE = "Unsupported operand"
+"""What `torch.load` says of a pickle that it did not write."""
+
 METADATA = frozenset(
     "mmengine mmcv mmdet mmcls addict numpy argparse collections datetime pathlib".split()
 )
@@ -111,13 +114,26 @@ def _holds_code(file: Path, names: list[str]) -> UserError:
 
 
 def _unreadable(file: Path, error: Exception) -> UserError:
-    # Of torch's long text about `weights_only` the last sentence says what was found.
-    text = str(error).rpartition("WeightsUnpickler error:")[2].partition("Check the doc")[0]
-    reason = " ".join(text.split())[:120] or "nothing in it"
-    return UserError(
-        f"{file}: not a readable weights file, perhaps truncated ({type(error).__name__}: "
-        f"{reason}); copy or download it again"
-    )
+    if isinstance(error, OSError):
+        return UserError(f"{file}: cannot be read: {error.strerror or error}")
+    with file.open("rb") as stream:
+        start = stream.read(20)
+    safe = file.suffix == ".safetensors"  # eight bytes, then JSON; the others are ZIP or pickle
+    if not start:
+        reason = "it is empty"
+    elif not (start[8:].startswith(b"{") if safe else start.startswith((b"PK", b"\x80"))):
+        reason = f"it begins with {start!r}"
+    elif UNKNOWN_CODE in str(error):
+        return UserError(
+            f"{file} is a Python pickle that torch.save did not write, which could run code and is "
+            f"not loaded; save its plain tensors: torch.save(state_dict, 'clean.pth')"
+        )
+    else:
+        # torch's own advice, to load the file unsafely, stands before the reason and after it.
+        told = " ".join(str(error).rpartition("UnpicklingError:")[2].split())
+        told = told.rpartition("WeightsUnpickler error: ")[2].split(". ")[0]
+        reason = f"perhaps truncated ({type(error).__name__}: {told[:120]})"
+    return UserError(f"{file}: not a readable weights file: {reason}; copy or download it again")
 
 
 def misfits(own: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> list[str]:
@@ -138,13 +154,14 @@ def fill(module: nn.Module, name: str, state: dict[str, Tensor], file: Path, str
     """Loads what fits; `UserError` with every misfit, or a notice of them if not `strict`."""
     own = module.state_dict()
     faults = misfits(own, state)
-    sentence = f"{file} does not fit {name} in {len(faults)} tensors: {'; '.join(faults)}"
+    fault, every = f"{file} does not fit {name} in {len(faults)} tensors", "; ".join(faults)
     if faults and strict:
         raise UserError(
-            f"{sentence}; choose the detector it was trained as, or load with strict=False"
+            f"{fault}; choose the detector it was trained as, or take what fits by strict=False "
+            f"(detdistill convert --partial): {every}"
         )
     if faults:
-        warnings.warn(f"{sentence}; these were left as they are", UserNotice, stacklevel=3)
+        warnings.warn(f"{fault}, which were left as they are: {every}", UserNotice, stacklevel=3)
     fitting = {k: v for k, v in state.items() if k in own and v.shape == own[k].shape}
     module.load_state_dict(fitting, strict=False)
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections import Counter
 from dataclasses import dataclass
 from functools import partial, reduce
 from pathlib import Path
@@ -29,6 +28,7 @@ from torchvision.ops.feature_pyramid_network import (
     LastLevelP6P7,
 )
 
+from detdistill.detectors.checkpoints import resnet_of
 from detdistill.detectors.view_base import TorchvisionView
 from detdistill.detectors.views import as_detector
 from detdistill.errors import UserError
@@ -37,13 +37,6 @@ from detdistill.registry import AtLeastOne, checked_keywords
 PREFIX = "torchvision_"
 """Of the names of views, e.g. "torchvision_retinanet_r50"."""
 
-DEPTHS: dict[tuple[bool, tuple[int, ...]], str] = {
-    (False, (2, 2, 2, 2)): "r18",
-    (False, (3, 4, 6, 3)): "r34",
-    (True, (3, 4, 6, 3)): "r50",
-    (True, (3, 4, 23, 3)): "r101",
-    (True, (3, 8, 36, 3)): "r152",
-}
 MOBILENET = "mobilenet_v3_large"
 WIDTH = 256  # of every pyramid that torchvision builds
 DENSE_LOGITS = "head.classification_head.cls_logits"
@@ -174,10 +167,7 @@ def _backbone_name(state: dict[str, Tensor]) -> str | None:
     if stem is not None:
         last = state.get("backbone.body.16.0.weight")
         return MOBILENET if last is not None and last.shape[:2] == (960, 160) else None
-    keys = (re.fullmatch(r"backbone\.body\.(layer\d)\.\d+\.conv1\.weight", key) for key in state)
-    blocks = Counter(found[1] for found in keys if found)
-    deep = "backbone.body.layer4.0.conv3.weight" in state
-    return DEPTHS.get((deep, tuple(blocks[f"layer{i}"] for i in (1, 2, 3, 4))))
+    return resnet_of(state)
 
 
 def view_for(

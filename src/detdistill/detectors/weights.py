@@ -15,13 +15,16 @@ from torch import Tensor
 
 from detdistill.detectors.base import FPNDetector
 from detdistill.detectors.checkpoints import (
+    RESNETS,
+    family_of,
     from_mmdetection,
     implied_options,
     is_mmdetection,
+    resnet_of,
     without_helpers,
 )
 from detdistill.detectors.dense import DenseDetector
-from detdistill.detectors.factory import create_detector
+from detdistill.detectors.factory import create_detector, split_name
 from detdistill.detectors.files import few, fill, read_state
 from detdistill.detectors.torchvision_models import (
     PREFIX,
@@ -127,8 +130,12 @@ def load_detector(
         view, state = view_for(state, file, wanted, options)
         fill(view.model, view.name, state, file, strict)
         return view
-    if is_mmdetection(state):
+    foreign = is_mmdetection(state)
+    if foreign:
         state = from_mmdetection(state)
+    if strict:
+        _check_kind(state, wanted, file)
+    if foreign:
         options = {**implied_options(state), **options}
     detector = create_detector(wanted, _count_classes(state, wanted, file), **options)
     fill(detector, detector.name, state, file, strict)
@@ -194,6 +201,19 @@ def _load_own(
     detector.pixel_std.copy_(torch.tensor(facts.pixel_std))
     fill(detector, detector.name, read_state(file), file, strict)
     return detector
+
+
+def _check_kind(state: dict[str, Tensor], wanted: str, file: Path) -> None:
+    """`UserError` for the tensors of another family, or of a ResNet of another depth."""
+    family, _ = split_name(wanted, {})
+    short = wanted[len(family) + 1 :]
+    depth, _, ending = short.partition("_")  # "r50_caffe_gn"
+    held_family, held_depth = family_of(state) or family, resnet_of(state) or depth
+    if depth not in RESNETS.values():
+        held_depth = depth
+    if (held_family, held_depth) != (family, depth):
+        held = "_".join(part for part in (held_family, held_depth, ending) if part)
+        raise UserError(f"{file} holds the weights of {held}, not of {wanted}; name it {held}")
 
 
 def _count_classes(state: dict[str, Tensor], name: str, file: Path) -> int:

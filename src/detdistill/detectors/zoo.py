@@ -249,13 +249,14 @@ def fetch(
     target = (folder or cache_folder()) / checkpoint.file
     if target.exists():
         with target.open("rb") as stream:
-            _check(hashlib.file_digest(stream, "sha256").hexdigest(), checkpoint, target)
+            digest = hashlib.file_digest(stream, "sha256").hexdigest()
+        _check(digest, checkpoint, str(target), ": delete it and fetch again")
         return target
     partial = target.with_name(f"{target.name}.{os.getpid()}.part")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         digest = _download(checkpoint.address, partial, progress or (lambda done, total: None))
-        _check(digest, checkpoint, Path(checkpoint.address))
+        _check(digest, checkpoint, checkpoint.address, " and was not kept; try again later")
         os.replace(partial, target)
     except (OSError, http.client.HTTPException) as error:
         raise UserError(_unreachable(checkpoint, target, error)) from None
@@ -286,11 +287,11 @@ def _open(address: str) -> Any:
     return urllib.request.urlopen(address, timeout=TIMEOUT)
 
 
-def _check(digest: str, checkpoint: Checkpoint, place: Path | str) -> None:
+def _check(digest: str, checkpoint: Checkpoint, place: str, way_out: str) -> None:
     if not digest.startswith(str(checkpoint.digest)):
         raise UserError(
             f"{place}: the SHA-256 starts with {digest[:8]}, {checkpoint.name} has "
-            f"{checkpoint.digest}; it is another file or a damaged one: delete it and fetch again"
+            f"{checkpoint.digest}; it is another file or a damaged one{way_out}"
         )
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import difflib
 from typing import Any, cast
 
 import timm
+import torch
 from timm.layers.conv_bn_act import ConvNormAct
 from timm.models.resnet import Bottleneck
 from torch import Tensor, nn
@@ -25,6 +27,8 @@ CAFFE = "_caffe"
 HEAD_FORM = "_head"
 LEAK = 0.1  # negative slope in HEAD's form
 TOP_CHANNELS = 1280
+PROVEN = ("resnet", "resnext", "mobilenetv2", "swin_")  # their maps need no trial
+TRIAL = 128  # pixels
 BATCH_NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm)
 
 
@@ -83,7 +87,32 @@ class Backbone(nn.Module):
             self.norms.update({str(stage): nn.LayerNorm(c) for stage, c in stages})
         self.in_patches = in_patches(plain)
         self.channels_last = getattr(self.body, "output_fmt", "NCHW") == "NHWC"
+        if not plain.startswith(PROVEN):
+            self._check_maps(name, strides)
         self._freeze()
+
+    @torch.no_grad()
+    def _check_maps(self, name: str, strides: tuple[int, ...]) -> None:
+        """`UserError` for a network of fixed image size, or one that trims its maps.
+
+        timm says neither beforehand.
+        """
+        self.eval()
+        try:
+            sides = [level.shape[-1] for level in self(torch.zeros(1, 3, TRIAL, TRIAL))]
+        except (AssertionError, RuntimeError, ValueError) as error:
+            reason = " ".join(str(error).split())[:120]
+            raise UserError(
+                f"backbone {name!r} does not take images of any size, as a detector must; of "
+                f"{TRIAL} pixels it says: {reason}; choose another timm model"
+            ) from None
+        if sides != [TRIAL // stride for stride in strides]:
+            raise UserError(
+                f"backbone {name!r} makes maps of {sides} cells from {TRIAL} pixels, where strides "
+                f"of {strides} make {[TRIAL // stride for stride in strides]}; choose another timm "
+                f"model"
+            )
+        self.train()
 
     def _freeze(self) -> None:
         if self.caffe and self.norm_eval:
@@ -147,8 +176,9 @@ def _create(
     name: str, pretrained: bool, base_channels: int, strides: tuple[int, ...], leaky: bool
 ) -> Any:
     if not timm.is_model(name):
-        close = timm.list_models(f"*{name}*")[:3]
-        hint = f"; did you mean {', '.join(close)}?" if close else "; see timm.list_models()"
+        known = timm.list_models()
+        close = [k for k in known if name in k] or difflib.get_close_matches(name, known)
+        hint = f"; did you mean {', '.join(close[:3])}?" if close else "; see timm.list_models()"
         raise UserError(f"timm knows no backbone {name!r}{hint}")
     if base_channels != 64:
         return _narrow_resnet(name, pretrained, base_channels, strides)
