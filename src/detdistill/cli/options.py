@@ -70,3 +70,7 @@ Methods = Annotated[
     typer.Option("--methods", metavar="NAMES", help="Comma between arms: crosskd,crosskd+pkd."),
 ]
 Seeds = Annotated[str, typer.Option("--seeds", metavar="N,N,...", help="Seeds.")]
+Jobs = Annotated[
+    int,
+    typer.Option("--jobs", metavar="N", min=1, help="Runs at once, on many cores or several GPUs."),
+]

@@ -14,6 +14,7 @@ from detdistill.cli.options import (
     Assignments,
     Data,
     Devices,
+    Jobs,
     Methods,
     Out,
     RecipeFile,
@@ -87,6 +88,7 @@ def compare(
     assignments: Assignments = None,
     strict: Strict = False,
     devices: Devices = None,
+    jobs: Jobs = 1,
 ) -> None:
     """Measure what distillation gains; methods like tf_head need no --teacher.
 
@@ -104,7 +106,7 @@ def compare(
     if not all(names):
         raise UserError("no method was given: add --methods NAMES, e.g. --methods crosskd")
     _check_study(settings, out, names)
-    _compare(settings, out, names, _parse_seeds(seeds), teacher_epochs)
+    _compare(settings, out, names, _parse_seeds(seeds), teacher_epochs, jobs)
     _say_next(f"open {shlex.quote(str(out / 'report.html'))} in a browser")
 
 
@@ -138,7 +140,12 @@ def _check_study(settings: Recipe, out: Path, names: list[str]) -> None:
 
 
 def _compare(
-    settings: Recipe, out: Path, methods: list[str], seeds: list[int], teacher_epochs: int | None
+    settings: Recipe,
+    out: Path,
+    methods: list[str],
+    seeds: list[int],
+    teacher_epochs: int | None,
+    jobs: int = 1,
 ) -> None:
     from detdistill.study.compare import compare as run_study
 
@@ -149,6 +156,7 @@ def _compare(
         methods=methods,
         seeds=seeds,
         teacher_epochs=teacher_epochs,
+        jobs=jobs,
     )
 
 

@@ -17,7 +17,11 @@ from detdistill.study.runs import WEIGHTS, file_sha256
 
 
 def check_study(
-    recipe: Recipe, teacher: str | None, methods: Sequence[str], seeds: Sequence[int]
+    recipe: Recipe,
+    teacher: str | None,
+    methods: Sequence[str],
+    seeds: Sequence[int],
+    jobs: int = 1,
 ) -> dict[str, str]:
     """Data, names, options, and whether each method fits the pair, or does without a teacher.
 
@@ -35,6 +39,11 @@ def check_study(
         raise UserError(f"seeds {list(seeds)}: expected whole numbers from 0 on")
     if recipe.nodes > 1:
         raise UserError(f"compare runs on one machine, found nodes {recipe.nodes}: set nodes to 1")
+    if jobs < 1 or (jobs > 1 and recipe.devices > 1):
+        raise UserError(
+            f"jobs {jobs}, devices {recipe.devices}: expected 1 or more jobs, of which several run "
+            f"on one device each: leave one of the two at 1"
+        )
     splits = _open_splits(recipe)
     test = splits[-1]
     classes = test.classes

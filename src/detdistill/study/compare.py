@@ -5,7 +5,9 @@ from __future__ import annotations
 import dataclasses
 import os
 import statistics
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ from detdistill.engine.checkpoint import exclusive, write_json, write_text
 from detdistill.evaluation.speed import latency_ms
 from detdistill.recipe import Recipe, read_yaml
 from detdistill.study.check import check_study, existing_teacher, teacher_file
+from detdistill.study.jobs import Jobs
 from detdistill.study.plan import STUDY, open_study, record, scaled_epochs, study_facts
 from detdistill.study.report import write_report
 from detdistill.study.runs import (
@@ -31,6 +34,8 @@ from detdistill.study.table import format_time, markdown_table, print_table, tab
 SAME_TIME = "student_same_time"
 ALONE: dict[str, Any] = {"teacher": None, "teacher_options": {}, "methods": {}, "arms": {}}
 """Of a recipe for a run without distillation."""
+_Wave = dict[str, Future[RunScore]]
+"""The runs of one seed that can be carried out side by side, by arm."""
 
 
 def compare(
@@ -41,6 +46,7 @@ def compare(
     methods: Sequence[str],
     seeds: Sequence[int],
     teacher_epochs: int | None = None,
+    jobs: int = 1,
     on_status: Callable[[str], None] = print,
 ) -> list[Arm]:
     """Trains, tests and reports; called again, it continues where it stopped.
@@ -54,6 +60,8 @@ def compare(
         methods: arms to add, e.g. ["crosskd", "crosskd+pkd"], or names of `recipe.arms`.
         seeds: each arm but the teacher runs once with each.
         teacher_epochs: of a teacher trained here, if not those of the recipe.
+        jobs: runs at once, each in a process of its own if more than one. They slow each other,
+            so that times, and the same-time control that rests on them, are rougher.
         on_status: called with a line at each step of the study.
 
     Returns:
@@ -61,12 +69,12 @@ def compare(
         time.
     """
     methods, seeds = list(dict.fromkeys(methods)), list(dict.fromkeys(seeds))
-    inputs = check_study(recipe, teacher, methods, seeds)
+    inputs = check_study(recipe, teacher, methods, seeds, jobs)
     settings: dict[str, Any] = {"teacher": teacher, "teacher_epochs": teacher_epochs}
-    settings["inputs"] = inputs
+    settings |= {"inputs": inputs, "jobs": jobs}
     settings |= {"recipe": recipe.model_dump(), "methods": methods, "seeds": seeds}
-    with exclusive(Path(out)):
-        study = _Study(Path(out), recipe, open_study(Path(out), settings), on_status)
+    with exclusive(Path(out)), Jobs(jobs).closing() as many:
+        study = _Study(Path(out), recipe, open_study(Path(out), settings), many, on_status)
         arms = study.arms(teacher, teacher_epochs, methods, seeds)
         _write(study, arms)
     on_status(f"report: {study.out / 'report.html'}")
@@ -80,9 +88,11 @@ class _Study:
     out: Path
     recipe: Recipe
     state: dict[str, Any]
+    jobs: Jobs
     on_status: Callable[[str], None]
     left: int = 0
     seconds: list[float] = field(default_factory=list)
+    lock: threading.Lock = field(default_factory=threading.Lock)
 
     def arms(
         self, teacher: str | None, epochs: int | None, methods: list[str], seeds: list[int]
@@ -93,10 +103,17 @@ class _Study:
         if teacher is not None:
             self.left += teacher_file(teacher) is None
             teacher_score, weights = self.teacher(teacher, epochs)
+        waves: Iterable[_Wave] = (self.start(seed, methods, weights) for seed in seeds)
+        if self.jobs.count > 1:
+            waves = list(waves)  # all of them at once
         scores: dict[str, list[RunScore]] = {}
-        for seed in seeds:
-            for name, score in self.seed(seed, methods, weights).items():
+        longer = []
+        for seed, wave in zip(seeds, waves, strict=True):
+            done = self.collect(wave)
+            longer.append(self.jobs.start(self.same_time, self.control(seed), done))
+            for name, score in done.items():
                 scores.setdefault(name, []).append(score)
+        scores[SAME_TIME] = [run.result() for run in longer]
         return _with_latency(_arms(teacher_score, scores), self.taught_by(weights), self)
 
     def teacher(self, teacher: str, epochs: int | None) -> tuple[RunScore, str]:
@@ -114,7 +131,8 @@ class _Study:
             "seed": 0,
         }
         recipe = self.recipe.model_copy(update=changes)
-        score = self.run("teacher", scaled_epochs(recipe, epochs or recipe.epochs))
+        scaled = scaled_epochs(recipe, epochs or recipe.epochs)
+        score = self.run("teacher", scaled, train_and_test)  # nothing runs beside it
         return score, str(folder.resolve())
 
     @property
@@ -129,24 +147,38 @@ class _Study:
             changes["teacher_options"] = {}
         return self.recipe.model_copy(update=changes)
 
-    def seed(self, seed: int, methods: list[str], teacher: str | None) -> dict[str, RunScore]:
-        """Control, methods and same-time control of one seed."""
-        control = self.recipe.model_copy(update={**ALONE, "seed": seed})
-        scores = {"student": self.run(f"runs/student/seed{seed}", control)}
+    def control(self, seed: int) -> Recipe:
+        """The recipe of a student that learns alone."""
+        return self.recipe.model_copy(update={**ALONE, "seed": seed})
+
+    def start(self, seed: int, methods: list[str], teacher: str | None) -> _Wave:
+        """Starts the control and the methods of one seed."""
+        train, recipes = self.jobs.train_and_test, {"student": self.control(seed)}
         for name in methods:
             changes = {"methods": self.recipe.methods_of(name), "arms": {}, "seed": seed}
-            distilled = self.taught_by(teacher).model_copy(update=changes)
-            run = self.run(f"runs/{name}/seed{seed}", distilled)
-            scores[name] = with_gain_interval(run, scores["student"], self.recipe)
-        ratio = max(_seconds(scores[name]) for name in methods) / _seconds(scores["student"])
-        scores[SAME_TIME] = self.same_time(control, scores["student"], ratio)
-        return scores
+            recipes[name] = self.taught_by(teacher).model_copy(update=changes)
+        return {
+            name: self.jobs.start(self.run, f"runs/{name}/seed{seed}", recipe, train)
+            for name, recipe in recipes.items()
+        }
 
-    def same_time(self, control: Recipe, done: RunScore, ratio: float) -> RunScore:
-        """A control that trains as long as the slowest distilled run of this seed took."""
+    def collect(self, wave: _Wave) -> dict[str, RunScore]:
+        """Waits for the runs of one seed; those of methods get their interval over the control."""
+        scores = {name: run.result() for name, run in wave.items()}
+        control = scores.pop("student")
+        taught = {
+            name: with_gain_interval(run, control, self.recipe) for name, run in scores.items()
+        }
+        return {"student": control, **taught}
+
+    def same_time(self, control: Recipe, scores: dict[str, RunScore]) -> RunScore:
+        """A control that trains as long as the slowest distilled run of its seed took."""
+        done = scores["student"]
+        ratio = max(_seconds(score) for score in scores.values()) / _seconds(done)
         epochs = max(control.epochs, round(control.epochs * ratio))
         if epochs == control.epochs:
-            self.left -= 1
+            with self.lock:
+                self.left -= 1
             return done
         name = f"runs/{SAME_TIME}/seed{control.seed}"
         folder = self.out / name
@@ -154,30 +186,37 @@ class _Study:
             before = read_yaml(folder / "recipe.yaml")["epochs"]
             if before < epochs:  # a slower method has joined the study
                 os.replace(folder, folder.with_name(f"{folder.name}_{before}_epochs"))
-                record(self.out, self.state, name, "outgrown")
+                self.record(name, "outgrown")
             epochs = max(epochs, before)
-        return self.run(name, scaled_epochs(control, epochs))
+        return self.run(name, scaled_epochs(control, epochs), self.jobs.train_and_test)
 
-    def run(self, name: str, recipe: Recipe) -> RunScore:
+    def run(self, name: str, recipe: Recipe, train: Callable[[Recipe, Path], RunScore]) -> RunScore:
         """One run, announced, trained or found finished, tested once."""
         if self.state["runs"].get(name) != "done":
             self.on_status(f"{name}: training{self._time_left()}")
-            record(self.out, self.state, name, "training")
-        score = train_and_test(recipe, self.out / name)
-        record(self.out, self.state, name, "done")
-        self.left -= 1
-        self.seconds.append(_seconds(score))
+            self.record(name, "training")
+        score = train(recipe, self.out / name)
+        self.record(name, "done")
+        with self.lock:
+            self.left -= 1
+            self.seconds.append(_seconds(score))
         self.on_status(
             f"{name}: {100 * score.numbers['AP']:.1f} AP on test, "
             f"trained in {format_time(_seconds(score))}"
         )
         return score
 
+    def record(self, name: str, progress: str) -> None:
+        """Notes in `study.json` how far a run is."""
+        with self.lock:
+            record(self.out, self.state, name, progress)
+
     def _time_left(self) -> str:
-        if not self.seconds:
-            return f" ({self.left} runs to go)"
-        left = format_time(self.left * statistics.fmean(self.seconds))
-        return f" ({self.left} runs to go, about {left})"
+        with self.lock:
+            if not self.seconds:
+                return f" ({self.left} runs to go)"
+            seconds = self.left * statistics.fmean(self.seconds) / self.jobs.count
+            return f" ({self.left} runs to go, about {format_time(seconds)})"
 
 
 def _seconds(score: RunScore) -> float:

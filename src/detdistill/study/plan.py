@@ -32,8 +32,8 @@ def open_study(out: Path, settings: dict[str, Any]) -> dict[str, Any]:
 
     Args:
         out: the study's folder.
-        settings: recipe (plain values), teacher (or None), teacher_epochs, methods, seeds, and
-            `inputs`, fingerprints of what the study rests on.
+        settings: recipe (plain values), teacher (or None), teacher_epochs, methods, seeds, jobs,
+            and `inputs`, fingerprints of what the study rests on.
 
     Returns:
         The content of `study.json`, already written.
@@ -88,6 +88,7 @@ def study_facts(recipe: Recipe, state: dict[str, Any]) -> dict[str, str]:
         "student": recipe.student,
         "teacher": state["teacher"] or "none",
         "seeds": ", ".join(str(seed) for seed in state["seeds"]),
+        "runs at once": str(state["jobs"]),
         "python": platform.python_version(),
         "versions": ", ".join(f"{package} {version(package)}" for package in packages),
         **source_commit(),

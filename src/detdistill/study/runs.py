@@ -61,9 +61,9 @@ class RunScore:
 
 def train_and_test(recipe: Recipe, folder: Path) -> RunScore:
     """Trains (or resumes, or finds finished) one run and tests it once."""
-    if not _is_finished(recipe, folder):
+    if not is_finished(recipe, folder):
         if recipe.devices > 1:
-            train_in_processes(recipe, folder)
+            _train_in_processes(recipe, folder)
         else:
             train(recipe, folder, resume=True)
     tested = test_once(folder / WEIGHTS, recipe, folder, lambda: load_detector(folder))
@@ -73,24 +73,33 @@ def train_and_test(recipe: Recipe, folder: Path) -> RunScore:
     )
 
 
-def train_in_processes(recipe: Recipe, folder: Path) -> None:
+def _train_in_processes(recipe: Recipe, folder: Path) -> None:
     """Trains on several devices, in a program of its own.
 
     The launcher of several processes starts the running program anew in each of them; that must
     be one training, not the whole study.
     """
+    code = subprocess.run(worker_command(recipe, folder), check=False).returncode
+    require_success(code, f"{folder}: training on {recipe.devices} devices failed, see above")
+
+
+def worker_command(recipe: Recipe, folder: Path) -> list[str]:
+    """The program that carries out one run; its recipe is written beside the run's folder."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     plan = folder.with_name(f"{folder.name}.yaml")
     write_text(plan, dump_recipe(recipe))
-    command = [sys.executable, "-m", "detdistill.study.worker", str(plan), str(folder)]
-    code = subprocess.run(command, check=False).returncode
+    return [sys.executable, "-m", "detdistill.study.worker", str(plan), str(folder)]
+
+
+def require_success(code: int, message: str) -> None:
+    """`UserError` for the exit code of a worker that failed; at 2 it has told why itself."""
     if code:
-        error = UserError(f"{folder}: training on {recipe.devices} devices failed, see above")
+        error = UserError(message)
         error.told = code == 2
         raise error
 
 
-def _is_finished(recipe: Recipe, folder: Path) -> bool:
+def is_finished(recipe: Recipe, folder: Path) -> bool:
     """Whether this very run is done: opening the training data again would only cost time."""
     stored = folder / "recipe.yaml"
     same = stored.exists() and stored.read_text(encoding="utf-8") == dump_recipe(recipe)

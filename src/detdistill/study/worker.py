@@ -1,4 +1,4 @@
-"""One training of a study as a program: `python -m detdistill.study.worker RECIPE RUN`."""
+"""One run of a study as a program: `python -m detdistill.study.worker RECIPE RUN`."""
 
 from __future__ import annotations
 
@@ -8,14 +8,21 @@ from pathlib import Path
 from detdistill.engine.train import train
 from detdistill.errors import UserError, tells
 from detdistill.recipe import read_yaml, validate_recipe
+from detdistill.study.runs import train_and_test
 
 
 def main(arguments: list[str]) -> int:
-    """Trains or resumes; 2 when the user has to change something, 130 when interrupted."""
+    """Trains or resumes, and tests; 2 when the user has to change something, 130 when interrupted.
+
+    A run on several devices, in each of whose processes this program runs, is tested by the study.
+    """
     recipe_file, folder = arguments
     try:
         recipe = validate_recipe(read_yaml(Path(recipe_file)), recipe_file)
-        train(recipe, Path(folder), resume=True)
+        if recipe.devices > 1:
+            train(recipe, Path(folder), resume=True)
+        else:
+            train_and_test(recipe, Path(folder))
     except UserError as error:
         if tells(error):
             print(f"detdistill: {error}", file=sys.stderr)

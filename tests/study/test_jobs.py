@@ -1,0 +1,121 @@
+"""Several runs of a study at once, in processes of their own."""
+
+import json
+import os
+import signal
+import sys
+import threading
+import time
+
+import pytest
+import torch
+
+from detdistill.errors import UserError
+from detdistill.study import jobs
+from detdistill.study.compare import compare
+from detdistill.study.jobs import Jobs
+
+# Tells that it is there, then waits for as many others as it was told.
+MEETING = """
+import os, pathlib, sys, time
+place, count = pathlib.Path(sys.argv[1]), int(sys.argv[2])
+keys = ("OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES")
+(place / str(os.getpid())).write_text(" ".join(os.environ.get(key, "-") for key in keys))
+print("waiting for", count, flush=True)
+while len(list(place.iterdir())) < count:
+    time.sleep(0.02)
+"""
+FOREVER = "import time; print('begun', flush=True); time.sleep(600)"
+REFUSES = "import sys; print('the sentence'); sys.exit(2)"
+
+
+@pytest.fixture
+def run_program(monkeypatch, tmp_path):
+    """Replaces the program of a run: `run_program(jobs, code, *arguments)` starts one."""
+    monkeypatch.setattr(jobs, "is_finished", lambda recipe, folder: False)
+    monkeypatch.setattr(jobs, "train_and_test", lambda recipe, folder: folder.name)
+
+    def start(many, code, *arguments):
+        command = [sys.executable, "-c", code, *map(str, arguments)]
+        monkeypatch.setattr(jobs, "worker_command", lambda recipe, folder: command)
+        return many.start(many.train_and_test, None, tmp_path / "run")
+
+    return start
+
+
+def test_runs_are_side_by_side_and_share_the_machine(run_program, tmp_path, monkeypatch, capfd):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,7")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 9)
+    place = tmp_path / "place"
+    place.mkdir()
+    with Jobs(3).closing() as many:
+        runs = [run_program(many, MEETING, place, 3) for _ in range(3)]
+        assert [run.result(timeout=60) for run in runs] == ["run"] * 3
+    assert sorted(file.read_text() for file in place.iterdir()) == ["3 4", "3 4", "3 7"]
+    assert capfd.readouterr().err.count("waiting for 3\n") == 3
+
+
+def test_a_user_s_own_number_of_threads_stays(run_program, tmp_path, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "5")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    place = tmp_path / "place"
+    place.mkdir()
+    with Jobs(2).closing() as many:
+        run_program(many, MEETING, place, 1).result(timeout=60)
+    assert [file.read_text() for file in place.iterdir()] == ["5 -"]
+
+
+def test_a_run_that_is_refused_stops_the_others(run_program, capfd):
+    with pytest.raises(UserError, match="run: training failed, see above") as told:
+        with Jobs(3).closing() as many:
+            run_program(many, FOREVER)
+            refused = run_program(many, REFUSES)
+            waiting = [run_program(many, FOREVER) for _ in range(3)]
+            refused.result(timeout=60)
+    assert told.value.told, "the run has said why"
+    assert "the sentence" in capfd.readouterr().err
+    assert all(run.cancelled() or run.exception() for run in waiting)
+
+
+def test_ctrl_c_stops_all_of_them(run_program, capfd):
+    many = Jobs(2)
+    threading.Timer(1.0, os.kill, (os.getpid(), signal.SIGINT)).start()
+    begin = time.monotonic()
+    with pytest.raises(KeyboardInterrupt), many.closing():
+        run_program(many, FOREVER).result(timeout=60)
+    assert time.monotonic() - begin < 30
+
+
+def test_one_job_runs_here_and_in_order():
+    seen = []
+    with Jobs(1).closing() as many:
+        for number in range(3):
+            assert many.start(seen.append, number).done()
+    assert seen == [0, 1, 2]
+
+
+def test_a_study_of_several_jobs_finds_what_one_finds(recipe, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setattr("detdistill.study.compare.write_report", lambda *given: None)
+    short = recipe.model_copy(update={"epochs": 1, "max_steps": 1, "batch_size": 2})
+    options = {"teacher": "gfl_r18", "methods": ["crosskd"], "seeds": [0]}
+    rows = compare(short, tmp_path / "two", jobs=2, **options)
+    compare(short, tmp_path / "one", **options)
+    for arm in ("student", "crosskd"):
+        run = f"runs/{arm}/seed0/model.safetensors"
+        assert (tmp_path / "two" / run).read_bytes() == (tmp_path / "one" / run).read_bytes()
+    assert [len(row.runs) for row in rows] == [1, 1, 1, 1]
+    state = json.loads((tmp_path / "two/study.json").read_text())
+    assert set(state["runs"].values()) == {"done"} and state["jobs"] == 2
+    assert "runs/crosskd/seed0: training" in capsys.readouterr().out
+    assert "runs at once: 2" in (tmp_path / "two/results.md").read_text()
+
+
+def test_jobs_and_devices_exclude_each_other(recipe, tmp_path):
+    many = recipe.model_copy(update={"devices": 2})
+    message = r"jobs 2, devices 2: expected .* leave one of the two at 1"
+    with pytest.raises(UserError, match=message):
+        compare(many, tmp_path / "s", teacher=None, methods=["tf_head"], seeds=[0], jobs=2)
+    assert not (tmp_path / "s").exists()
