@@ -222,6 +222,14 @@ def test_what_cannot_work_is_refused_before_training(student, options, message):
     assert "\n" not in str(caught.value)
 
 
+def test_the_boxes_head_can_be_as_small_as_the_student():
+    method = TFHEAD(assistants=["rcnn"], roi_channels=24, roi_samples=8)
+    Distiller(narrow("retinanet_r18"), None, {"tf_head": method})
+    head = method.assistants["rcnn"].head(0)
+    assert (head.shared[-1].out_features, head.samples) == (24, 8)
+    assert method.projectors["rcnn"].linear.out_features % 24 == 0
+
+
 def test_options_by_name():
     assert create_method("tf_head", assistants=["rcnn"]).wanted == ["rcnn"]
     assert create_method("tf_head", assistants=("fcos", "rcnn")).wanted == ("fcos", "rcnn")

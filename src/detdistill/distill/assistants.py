@@ -185,9 +185,12 @@ def require_own_head(model: FPNDetector | None, method: str) -> None:
         )
 
 
-def fresh_roi_assistant(num_classes: int, channels: int) -> RoIAssistant:
-    """An untrained RoI head as Faster R-CNN's, on a pyramid of this width."""
-    return RoIAssistant([RoIHead(num_classes, in_channels=channels)], channels, channels)
+def fresh_roi_assistant(
+    num_classes: int, channels: int, width: int = 1024, samples: int = 512
+) -> RoIAssistant:
+    """An untrained RoI head as Faster R-CNN's, on a pyramid of `channels`."""
+    head = RoIHead(num_classes, in_channels=channels, channels=width, samples=samples)
+    return RoIAssistant([head], channels, channels)
 
 
 def fresh_dense_head(

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from detdistill.detectors.base import FPNDetector
 from detdistill.detectors.dense import DenseDetector
+from detdistill.detectors.roi_head import Samples
 from detdistill.detectors.two_stage import TwoStageDetector
 from detdistill.distill.assistants import (
     PROJECTORS,
@@ -33,7 +34,7 @@ from detdistill.distill.assistants import (
 )
 from detdistill.distill.method import METHODS, Step
 from detdistill.errors import UserError
-from detdistill.registry import AtLeastOne, check_choice
+from detdistill.registry import AtLeastOne, Width, check_choice
 
 Kind = Literal["fcos", "retinanet", "rcnn"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
@@ -64,7 +65,9 @@ class TFHEAD(AssistedMethod):
         ckd_projector: "per_anchor" as published, a projection for each anchor of a cell, or
             "single".
         assistant_warmup: the assistants' own losses warm up too.
-        proposals: of the student, per image, of which at most 512 are drawn.
+        proposals: of the student, per image, of which at most `roi_samples` are drawn.
+        roi_channels: width of the R-CNN assistant's shared layers.
+        roi_samples: boxes of an image that the R-CNN assistant looks at, at most.
     """
 
     needs_teacher = False
@@ -80,6 +83,8 @@ class TFHEAD(AssistedMethod):
         ckd_projector: Projector = "per_anchor",
         assistant_warmup: bool = True,
         proposals: AtLeastOne = 1000,
+        roi_channels: Width = 1024,
+        roi_samples: Samples = 512,
     ) -> None:
         """None means the published assistants for the student."""
         super().__init__()
@@ -95,13 +100,14 @@ class TFHEAD(AssistedMethod):
         self.ckd, self.projector = ckd, ckd_projector
         self.ckd_weights = {"fcos": dense_weight, "retinanet": dense_weight, "rcnn": rcnn_weight}
         self.assistant_warmup, self.proposals = assistant_warmup, proposals
+        self.roi_channels, self.roi_samples = roi_channels, roi_samples
         self.assistants, self.projectors = nn.ModuleDict(), nn.ModuleDict()
 
     def prepare(self, student: FPNDetector, teacher: FPNDetector | None) -> None:
         """Chooses and builds assistants and projectors; a teacher of other methods is ignored."""
         weights: dict[str, float] = {}
         for kind in self._choose(student):
-            assistant = _build(kind, student)
+            assistant = self._build(kind, student)
             self.assistants[kind] = assistant
             weights |= prefixed(kind, dict.fromkeys(assistant.terms, LOSS_WEIGHT[kind]))
         self.truth_terms = frozenset(weights)
@@ -126,6 +132,15 @@ class TFHEAD(AssistedMethod):
                 f"{student.name}'s own; choose from {fitting}"
             )
         return self.wanted
+
+    def _build(self, kind: Kind, student: FPNDetector) -> RoIAssistant | DenseAssistant:
+        channels = student.pyramid_channels
+        if kind == "rcnn":
+            return fresh_roi_assistant(
+                student.num_classes, channels, self.roi_channels, self.roi_samples
+            )
+        head = fresh_dense_head(kind, student.num_classes, channels)
+        return DenseAssistant(head, student.strides, channels, channels, "tf_head")
 
     def _projector(self, student: FPNDetector, assistant: nn.Module) -> nn.Module:
         """From the student's class tower to the assistant's features."""
@@ -173,11 +188,3 @@ class TFHEAD(AssistedMethod):
             taught = [wanted[stride].detach() for stride in common]
             terms[f"ckd_{kind}"] = mean_square_of_levels(found, taught)
         return terms
-
-
-def _build(kind: Kind, student: FPNDetector) -> RoIAssistant | DenseAssistant:
-    channels = student.pyramid_channels
-    if kind == "rcnn":
-        return fresh_roi_assistant(student.num_classes, channels)
-    head = fresh_dense_head(kind, student.num_classes, channels)
-    return DenseAssistant(head, student.strides, channels, channels, "tf_head")
