@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from detdistill import __version__
 from detdistill.data import open_dataset
 from detdistill.engine.checkpoint import FREE as RUN_FREE
 from detdistill.engine.checkpoint import write_json
@@ -79,7 +80,8 @@ def study_facts(recipe: Recipe, state: dict[str, Any]) -> dict[str, str]:
         name = (
             f"CPU ({platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads)"
         )
-    packages = ("detdistill", "torch", "torchvision", "timm", "hotcoco", "numpy")
+    packages = ("torch", "torchvision", "timm", "hotcoco", "numpy")
+    versions = ", ".join(f"{package} {version(package)}" for package in packages)
     return {
         "command": state["command"],
         "device": name,
@@ -90,7 +92,7 @@ def study_facts(recipe: Recipe, state: dict[str, Any]) -> dict[str, str]:
         "seeds": ", ".join(str(seed) for seed in state["seeds"]),
         "runs at once": str(state["jobs"]),
         "python": platform.python_version(),
-        "versions": ", ".join(f"{package} {version(package)}" for package in packages),
+        "versions": f"detdistill {__version__}, {versions}",
         **source_commit(),
     }
 
