@@ -116,6 +116,7 @@ def refused(run: Run, arguments: list[str], *fragments: str) -> str:
         ([*DOCTOR, "--set", "precision=fp16", "--set", "accelerator=cpu"], ["fp16"]),
         ([*DOCTOR, "--json", "my_coco/annotations/val.json"], ["--json", "already exists"]),
         ([*DOCTOR, "--json", "my_coco/annotations/val.json/a"], ["--json", "is a file"]),
+        (["list", "detectors", "gfl"], ["matches 'gfl'", "'*gfl*'"]),
         (["recipe", "copy", "dem"], ["'dem'", "'demo'"]),
         (["data", "builtin", "--out", "run", "--train", "0"], ["at least 1 image"]),
         (["data", "builtin", "--out", "my_coco"], ["my_coco"]),
