@@ -82,6 +82,17 @@ def refused(run: Run, arguments: list[str], *fragments: str) -> str:
         ([*COMPARE, "--seeds", "1,1"], ["--seeds 1,1"]),
         ([*COMPARE, "--methods", "croskd"], ["'croskd'", "'crosskd'"]),
         ([*COMPARE, "--teacher", "gone.pth"], ["gone.pth"]),
+        (
+            [*COMPARE, "--teacher", "my_coco/annotations/val.json", "--teacher-epochs", "3"],
+            ["--teacher-epochs 3: the teacher my_coco/annotations/val.json is trained already"],
+        ),
+        (
+            [
+                *("compare", "--student", "retinanet_r18", "--methods", "tf_head", *COMPARE[7:]),
+                *("--teacher-epochs", "3"),
+            ],
+            ["--teacher-epochs 3: there is no teacher to train; leave it out"],
+        ),
         (["compare", "--teacher", "gfl_r18", "--data", "d", "--out", "run"], ["--student"]),
         (["eval", "--weights", "gone.safetensors", "--data", "my_coco"], ["gone.safetensors"]),
         (["eval", "--weights", "my_coco", "--data", "my_coco"], ["my_coco"]),
@@ -105,6 +116,7 @@ def refused(run: Run, arguments: list[str], *fragments: str) -> str:
         ([*DOCTOR, "--set", "precision=fp16", "--set", "accelerator=cpu"], ["fp16"]),
         ([*DOCTOR, "--json", "my_coco/annotations/val.json"], ["--json", "already exists"]),
         ([*DOCTOR, "--json", "my_coco/annotations/val.json/a"], ["--json", "is a file"]),
+        (["list", "detectors", "gfl"], ["matches 'gfl'", "'*gfl*'"]),
         (["recipe", "copy", "dem"], ["'dem'", "'demo'"]),
         (["data", "builtin", "--out", "run", "--train", "0"], ["at least 1 image"]),
         (["data", "builtin", "--out", "my_coco"], ["my_coco"]),

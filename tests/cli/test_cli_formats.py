@@ -1,4 +1,4 @@
-"""YOLO and Pascal VOC data on the command line, on images of 64 pixels."""
+"""YOLO, Pascal VOC and Roboflow's COCO data on the command line, on images of 64 pixels."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from detdistill.evaluation.coco import NUMBERS
 from tests.cli.conftest import Run
 from tests.cli.test_cli_bad_input import refused
 from tests.cli.test_cli_runs import SMALL
-from tests.data.other_formats import text, voc_object, write_voc, write_yolo, xml
+from tests.data.other_formats import text, voc_object, write_roboflow, write_voc, write_yolo, xml
 
 Write = Callable[[Path, Path], Path]
-FORMATS = pytest.mark.parametrize("write", [write_yolo, write_voc])
+FORMATS = pytest.mark.parametrize("write", [write_yolo, write_voc, write_roboflow])
 
 
 @FORMATS

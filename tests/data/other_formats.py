@@ -1,7 +1,8 @@
-"""COCO folders written as YOLO and as Pascal VOC data, and small data of these formats."""
+"""COCO folders written as others lay data out, and small data of these formats."""
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
@@ -87,4 +88,18 @@ def write_voc(coco: Path, out: Path) -> Path:
         stems = [record.path.stem for record in dataset.records]
         text(out / "VOC2007" / "ImageSets" / "Main" / f"{split}.txt", stems)
     text(out / "VOC2007" / "classes.txt", dataset.classes)
+    return out
+
+
+def write_roboflow(coco: Path, out: Path) -> Path:
+    """A folder a split, the JSON file beside the images, and a category that groups the others."""
+    for split, name in zip(SPLITS, ("train", "valid", "test"), strict=True):
+        data = opened(coco, split).ground_truth()
+        for entry in data["categories"]:
+            entry["supercategory"] = "shapes"
+        data["categories"].insert(0, {"id": 0, "name": "shapes", "supercategory": "none"})
+        (out / name).mkdir(parents=True)
+        (out / name / "_annotations.coco.json").write_text(json.dumps(data))
+        for entry in data["images"]:
+            shutil.copy(coco / "images" / entry["file_name"], out / name)
     return out

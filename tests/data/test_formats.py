@@ -15,6 +15,7 @@ from tests.data.other_formats import (
     picture,
     text,
     voc_object,
+    write_roboflow,
     write_voc,
     write_yolo,
 )
@@ -37,7 +38,7 @@ def same(one, other):
         assert torch.equal(one.read(index), other.read(index))
 
 
-@pytest.mark.parametrize("write", [write_yolo, write_voc])
+@pytest.mark.parametrize("write", [write_yolo, write_voc, write_roboflow])
 def test_round_trip(coco, tmp_path, write):
     other = write(coco, tmp_path / "other")
     datasets = [opened(other, split, strict=True) for split in SPLITS]
@@ -132,7 +133,8 @@ def test_what_is_none_of_the_three(tmp_path):
             opened(tmp_path / name, "val")
         for words in (
             f"{name}: {found}",
-            "annotations/val.json or annotations/instances_val2017.json (COCO)",
+            "annotations/val.json or annotations/instances_val2017.json or "
+            "valid/_annotations.coco.json (COCO)",
             "data.yaml",
             "Annotations/*.xml with ImageSets/Main/val.txt",
             "val/*.xml",

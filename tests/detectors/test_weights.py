@@ -5,6 +5,7 @@ import pickle
 
 import pytest
 import torch
+from safetensors.torch import save
 
 from detdistill import UserError, create_detector, load_detector, save_detector
 from detdistill.detectors.checkpoints import MMDETECTION, to_mmdetection_state
@@ -110,17 +111,27 @@ def test_published_files_are_readable_by_others(saved):
         (b"<html>404</html>", "it begins with b'<html>404</html>'"),
         (b"version https://git-lfs", "it begins with b'version https"),
         (b"\x00" * 99, "it begins with"),
-        (b"PK\x03\x04" + b"\x00" * 99, "perhaps truncated"),
     ],
 )
 @pytest.mark.parametrize("ending", ["pth", "safetensors"])
 def test_what_is_no_checkpoint_at_all(tmp_path, content, reason, ending):
     file = tmp_path / f"weights.{ending}"
     file.write_bytes(content)
-    if ending == "safetensors" and content:
-        reason = "it begins with b"
     with pytest.raises(UserError, match=rf"{file.name}: not a readable weights file: {reason}"):
         load_detector("gfl_r18", file)
+
+
+def test_a_file_under_the_ending_of_another_format(tmp_path):
+    torch.save({"a": torch.zeros(1)}, tmp_path / "a.safetensors")
+    (tmp_path / "b.pth").write_bytes(save({"a": torch.zeros(1)}))
+    (tmp_path / "c.pth").write_bytes(b"PK\x03\x04" + b"\x00" * 99)
+    for name, reason in (
+        ("a.safetensors", r"a\.safetensors holds what a \.pth file holds; give it a name"),
+        ("b.pth", r"b\.pth holds what a \.safetensors file holds; give it a name"),
+        ("c.pth", r"c\.pth: not a readable weights file: perhaps truncated"),
+    ):
+        with pytest.raises(UserError, match=reason):
+            load_detector("gfl_r18", tmp_path / name)
 
 
 def test_a_truncated_pickle_says_so_in_few_words(tmp_path):
@@ -130,6 +141,15 @@ def test_a_truncated_pickle_says_so_in_few_words(tmp_path):
     with pytest.raises(UserError, match="perhaps truncated") as told:
         load_detector("gfl_r18", file)
     assert "weights_only" not in str(told.value) and len(str(told.value)) < 300
+
+
+@pytest.mark.parametrize("left", [30, 5000, -999])
+def test_a_truncated_archive_says_so(tmp_path, left):
+    torch.save({"state_dict": narrow().state_dict()}, tmp_path / "new.pth")
+    content = (tmp_path / "new.pth").read_bytes()
+    (tmp_path / "new.pth").write_bytes(content[:left])
+    with pytest.raises(UserError, match=r"new\.pth: not a readable weights file: perhaps trunc"):
+        load_detector("gfl_r18", tmp_path / "new.pth")
 
 
 @pytest.mark.parametrize(

@@ -142,7 +142,13 @@ def _missing_teacher(teacher: str) -> str:
             f"--teacher {teacher}: a detector's name, but trained weights are needed; train it "
             f"first: detdistill train --detector {teacher} --data FOLDER --out runs/teacher"
         )
-    return f"--teacher {teacher}: no such run folder or weights file"
+    if Path(teacher).name != teacher or Path(teacher).suffix or "=" in teacher:
+        return f"--teacher {teacher}: no such run folder or weights file"
+    from detdistill.detectors import list_detectors
+    from detdistill.registry import nearest
+
+    hint = nearest(teacher, list_detectors())
+    return f"--teacher {teacher}: no such run folder, weights file or detector; {hint}"
 
 
 def need_teacher(methods: Mapping[str, Mapping[str, Any]]) -> bool:

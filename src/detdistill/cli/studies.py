@@ -70,7 +70,8 @@ def demo(
         typer.echo(f"built-in data: {data}")
         write_builtin_data(data, plan.images, seed=0)
     # Beside the data, not around it: the folder of a study holds nothing else.
-    _compare(settings, study, names, plan.seeds, plan.teacher_epochs)
+    trained_here = settings.teacher == values["teacher"]  # another may come from --set
+    _compare(settings, study, names, plan.seeds, plan.teacher_epochs if trained_here else None)
     _say_next(
         "for your own data: detdistill train --detector gfl_r50 --data FOLDER --out runs/teacher"
     )

@@ -125,7 +125,10 @@ def list_names(
     """List detectors, methods, recipes or published checkpoints."""
     names, following = _names(kind, pattern)
     if not names:
-        raise UserError(f"no name among the {kind.value} matches {pattern!r}")
+        raise UserError(
+            f"no name among the {kind.value} matches {pattern!r}; a star stands for any text, "
+            f"e.g. '*{pattern.strip('*')}*'"
+        )
     for name in names:
         typer.echo(name)
     # Not on stdout, which is a plain list for other programs.

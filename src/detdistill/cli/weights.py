@@ -96,6 +96,8 @@ def fetch(
     from detdistill.detectors.zoo import find_checkpoint
 
     checkpoint = find_checkpoint(name)
+    if out is not None:
+        checks.check_folder(out)
     from detdistill.cli.tables import download_bar
 
     with download_bar() as progress:

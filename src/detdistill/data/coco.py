@@ -3,6 +3,9 @@
 A file that cannot be used is refused with one sentence. Faults of single annotations are counted:
 the annotation is dropped or clipped, named by its image, and training goes on, unless the recipe
 says `strict`.
+
+Roboflow's exports are COCO files beside their images. They hold one category more, the
+supercategory of all others, which is left out where no box has it.
 """
 
 from __future__ import annotations
@@ -29,6 +32,8 @@ _LAYOUTS = (
     ("annotations/{}.json", "images"),
     ("annotations/instances_{}2017.json", "{}2017"),
 )
+_ROBOFLOW = "_annotations.coco.json"
+_ROBOFLOW_FOLDERS = {"train": "train", "val": "valid", "test": "test"}
 _ADVICE = {
     "train": "write one",
     "val": "hold out some training images as val (10 % is usual), or set val_images and "
@@ -40,12 +45,12 @@ _ADVICE = {
 
 def find_coco(root: Path, split: str) -> SplitReader | None:
     """What reads a split of a COCO folder; None when the folder has no COCO annotations."""
-    for file, folder in _LAYOUTS:
-        source, images = root / file.format(split), root / folder.format(split)
+    for file, folder in _places(split):
+        source, images = root / file, root / folder
         if source.is_file():
             require_folder(images, f"image folder of {source.name}")
             return partial(read_coco, images, source, split)
-    if any((root / file.format(other)).is_file() for file, _ in _LAYOUTS for other in _ADVICE):
+    if any((root / file).is_file() for other in _ADVICE for file, _ in _places(other)):
         names = looked_for(split)
         raise MissingSplitError(f"{root}: no {split} split, looked for {names}; {_ADVICE[split]}")
     return None
@@ -53,7 +58,14 @@ def find_coco(root: Path, split: str) -> SplitReader | None:
 
 def looked_for(split: str) -> str:
     """The annotation files that make a folder a COCO folder."""
-    return " or ".join(file.format(split) for file, _ in _LAYOUTS)
+    return " or ".join(file for file, _ in _places(split))
+
+
+def _places(split: str) -> list[tuple[str, str]]:
+    """Annotation file and image folder of a split, in every layout."""
+    folder = _ROBOFLOW_FOLDERS[split]
+    named = [(file.format(split), images.format(split)) for file, images in _LAYOUTS]
+    return [*named, (f"{folder}/{_ROBOFLOW}", folder)]
 
 
 def read_coco(folder: Path, source: Path, split: str) -> DetectionDataset:
@@ -109,7 +121,10 @@ def _unique_id(entry: object, kind: str, place: int, seen: Container[int], sourc
 def _categories(data: Json, source: Path) -> dict[int, str]:
     """Category id to name, ids ascending."""
     names: dict[int, str] = {}
+    group = _group(data, source)
     for place, entry in enumerate(data["categories"]):
+        if entry is group:
+            continue
         number = _unique_id(entry, "category", place, names, source)
         name = entry.get("name")
         if not isinstance(name, str) or not name.strip() or _CONTROL.search(name):
@@ -120,6 +135,42 @@ def _categories(data: Json, source: Path) -> dict[int, str]:
     if not names:
         raise UserError(f"{source}: the list 'categories' is empty; at least one class is needed")
     return dict(sorted(names.items()))
+
+
+def _group(data: Json, source: Path) -> Json | None:
+    """The category that Roboflow adds as the supercategory of all others; None if it is a class.
+
+    It is a class where a box of any split has it, so that all splits agree.
+    """
+    entries: list[Json] = data["categories"]
+    if source.name != _ROBOFLOW or not all(isinstance(entry, dict) for entry in entries):
+        return None
+    for entry in entries:
+        parents = {str(other.get("supercategory")) for other in entries if other is not entry}
+        if parents == {entry.get("name")} and not _holds_boxes(entry.get("id"), data, source):
+            return entry
+    return None
+
+
+def _holds_boxes(category: object, data: Json, source: Path) -> bool:
+    """Whether any annotation of a Roboflow export, in this split or another, has a category."""
+    if _names_category(category, data):
+        return True
+    for folder in _ROBOFLOW_FOLDERS.values():
+        other = source.absolute().parent.with_name(folder) / _ROBOFLOW
+        if not other.is_file() or other.samefile(source):
+            continue
+        try:
+            if _names_category(category, load_json(other)):
+                return True
+        except UserError:
+            continue  # told when that split is opened
+    return False
+
+
+def _names_category(category: object, data: Json) -> bool:
+    entries = filter(lambda entry: isinstance(entry, dict), data["annotations"])
+    return any(entry.get("category_id") == category for entry in entries)
 
 
 def _image_path(entry: Json, number: int, folder: Path, source: Path) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import pickle
 import warnings
 from collections import OrderedDict
@@ -64,7 +65,10 @@ def read_state(file: Path) -> dict[str, Tensor]:
     if not isinstance(state, dict) or not all(
         isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in state.items()
     ):
-        raise UserError(f"{file}: no table of tensors (a state_dict) in this file")
+        raise UserError(
+            f"{file}: no table of tensors (a state_dict) in this file; save one: "
+            f'torch.save({{"state_dict": model.state_dict()}}, "clean.pth")'
+        )
     if not state:
         raise UserError(f"{file}: the table of tensors is empty; export the weights again")
     for name, tensor in state.items():
@@ -114,15 +118,22 @@ def _holds_code(file: Path, names: list[str]) -> UserError:
 
 
 def _unreadable(file: Path, error: Exception) -> UserError:
-    if isinstance(error, OSError):
+    # torch looks for the end of a short archive before its beginning: that is damage, too.
+    if isinstance(error, OSError) and error.errno != errno.EINVAL:
         return UserError(f"{file}: cannot be read: {error.strerror or error}")
     with file.open("rb") as stream:
         start = stream.read(20)
-    safe = file.suffix == ".safetensors"  # eight bytes, then JSON; the others are ZIP or pickle
+    holds = None
+    if start[8:].startswith(b"{"):  # eight bytes, then JSON
+        holds = ".safetensors"
+    elif start.startswith((b"PK", b"\x80")):  # ZIP or pickle
+        holds = ".pth"
     if not start:
         reason = "it is empty"
-    elif not (start[8:].startswith(b"{") if safe else start.startswith((b"PK", b"\x80"))):
+    elif holds is None:
         reason = f"it begins with {start!r}"
+    elif (holds == ".safetensors") != (file.suffix == ".safetensors"):
+        return UserError(f"{file} holds what a {holds} file holds; give it a name that ends so")
     elif UNKNOWN_CODE in str(error):
         return UserError(
             f"{file} is a Python pickle that torch.save did not write, which could run code and is "

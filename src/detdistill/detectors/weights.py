@@ -177,7 +177,10 @@ def _read_facts(path: Path) -> Facts:
             first = error.errors()[0]
             place = "".join(f"{part}: " for part in first["loc"])
             reason = place + first["msg"].removeprefix("Value error, ")
-        raise UserError(f"{path}: not a model.json that this version reads ({reason})") from None
+        raise UserError(
+            f"{path}: not a model.json that this version reads ({reason}); copy it again from "
+            f"where {path.stem}.safetensors was written"
+        ) from None
 
 
 def _load_own(
@@ -220,7 +223,10 @@ def _count_classes(state: dict[str, Tensor], name: str, file: Path) -> int:
     detector = create_detector(name, 1, fpn_channels=8)
     key = "logits.bias" if isinstance(detector, DenseDetector) else "roi_heads.0.logits.bias"
     if key not in state or state[key].dim() != 1:
-        raise UserError(f"{file}: these are not the weights of {name}: {few(list(state))}")
+        raise UserError(
+            f"{file}: these are not the weights of {name}, its tensors are called "
+            f"{few(list(state))}; name the detector that it was trained as"
+        )
     if isinstance(detector, DenseDetector):
         return max(1, len(state[key]) // detector.grid.per_location)
     return max(1, len(state[key]) - 1)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import time
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -79,7 +80,8 @@ def load_checkpoint(path: Path) -> dict[str, Any] | None:
     if not path.exists():
         return None
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings(action="ignore"):  # about protocols, before our sentence
+            state = torch.load(path, map_location="cpu", weights_only=True)
     except (PermissionError, MemoryError):
         raise  # nothing that deleting the checkpoint would mend
     except Exception as error:  # a damaged file can raise anything

@@ -65,6 +65,22 @@ def check_study(
     return inputs
 
 
+def check_teacher_epochs(teacher: str | None, epochs: int | None) -> None:
+    """Refuses epochs for a teacher that is not trained here: they would change nothing."""
+    if epochs is None:
+        return
+    if teacher is None:
+        reason = "there is no teacher to train"
+    elif teacher_file(teacher) is not None:
+        reason = f"the teacher {teacher} is trained already"
+    else:
+        return
+    raise UserError(
+        f"--teacher-epochs {epochs}: {reason}; leave it out, or give a detector's name as "
+        f"--teacher, which is then trained for these epochs"
+    )
+
+
 def _open_splits(recipe: Recipe) -> tuple[DetectionDataset, ...]:
     """Train, val and test, of the same classes; test holds boxes."""
     train, val = open_dataset(recipe, "train"), open_dataset(recipe, "val")

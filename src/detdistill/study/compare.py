@@ -17,7 +17,12 @@ from detdistill.detectors import load_detector
 from detdistill.engine.checkpoint import exclusive, write_json, write_text
 from detdistill.evaluation.speed import latency_ms
 from detdistill.recipe import Recipe, read_yaml
-from detdistill.study.check import check_study, existing_teacher, teacher_file
+from detdistill.study.check import (
+    check_study,
+    check_teacher_epochs,
+    existing_teacher,
+    teacher_file,
+)
 from detdistill.study.jobs import Jobs
 from detdistill.study.plan import STUDY, open_study, record, scaled_epochs, study_facts
 from detdistill.study.report import write_report
@@ -59,7 +64,8 @@ def compare(
             first, by the same recipe with `recipe.teacher_options`. None where no method needs one.
         methods: arms to add, e.g. ["crosskd", "crosskd+pkd"], or names of `recipe.arms`.
         seeds: each arm but the teacher runs once with each.
-        teacher_epochs: of a teacher trained here, if not those of the recipe.
+        teacher_epochs: of a teacher trained here, if not those of the recipe; refused where none
+            is.
         jobs: runs at once, each in a process of its own if more than one. They slow each other,
             so that times, and the same-time control that rests on them, are rougher.
         on_status: called with a line at each step of the study.
@@ -69,6 +75,7 @@ def compare(
         time.
     """
     methods, seeds = list(dict.fromkeys(methods)), list(dict.fromkeys(seeds))
+    check_teacher_epochs(teacher, teacher_epochs)
     inputs = check_study(recipe, teacher, methods, seeds, jobs)
     settings: dict[str, Any] = {"teacher": teacher, "teacher_epochs": teacher_epochs}
     settings |= {"inputs": inputs, "jobs": jobs}
