@@ -229,12 +229,12 @@ def _fits_in_memory(dataset: DetectionDataset, recipe: Recipe) -> bool:
 
 
 def load_batches(samples: Samples, keys: Any, recipe: Recipe) -> Generator[Batch, None, None]:
-    """The batches of lists of keys, prepared by the recipe's workers."""
+    """The batches of lists of keys, prepared by the recipe's workers, at most one a core."""
     loader: DataLoader[Any] = DataLoader(
         samples,
         batch_sampler=keys,
         collate_fn=_identity,
-        num_workers=recipe.workers,
+        num_workers=min(recipe.workers, _cores()),
         worker_init_fn=_start_worker,
         pin_memory=recipe.accelerator != "cpu" and torch.cuda.is_available(),
         # Its own generator: the default would draw from the global one and shift the run's.
@@ -244,6 +244,13 @@ def load_batches(samples: Samples, keys: Any, recipe: Recipe) -> Generator[Batch
         if isinstance(packed, UserError):
             raise packed
         yield packed if isinstance(packed, Batch) else packed.batch()
+
+
+def _cores() -> int:
+    """Those that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def _identity(packed: Any) -> Any:

@@ -80,6 +80,7 @@ def launch(recipe: Recipe) -> Fabric:
         UserError: as `pick_device`.
     """
     device = pick_device(recipe)
+    logging.getLogger("lightning_fabric").setLevel(logging.WARNING)  # it advises, in every process
     plugin: Precision = FullPrecision()
     if recipe.precision == "bf16":
         plugin = HalfPrecision("bf16-mixed", device)
@@ -122,7 +123,6 @@ def all_image_ids(own: Sequence[int]) -> list[int]:
 
 def _end_together() -> None:
     """Of the processes that this one will start, or that it is one of, none survives the others."""
-    logging.getLogger("lightning_fabric").setLevel(logging.WARNING)  # a line per process otherwise
     if "LOCAL_RANK" not in os.environ:
         folder = Path(tempfile.mkdtemp(prefix="detdistill-"))
         os.environ[MARK] = str(folder / "stopped")
