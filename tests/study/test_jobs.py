@@ -80,11 +80,15 @@ def test_a_run_that_is_refused_stops_the_others(run_program, capfd):
 
 
 def test_ctrl_c_stops_all_of_them(run_program, capfd):
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job ignores it
     many = Jobs(2)
     threading.Timer(1.0, os.kill, (os.getpid(), signal.SIGINT)).start()
     begin = time.monotonic()
-    with pytest.raises(KeyboardInterrupt), many.closing():
-        run_program(many, FOREVER).result(timeout=60)
+    try:
+        with pytest.raises(KeyboardInterrupt), many.closing():
+            run_program(many, FOREVER).result(timeout=60)
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert time.monotonic() - begin < 30
 
 
