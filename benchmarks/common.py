@@ -49,3 +49,16 @@ class Clock:
 
     def milliseconds(self, name: str) -> float:
         return 1000 * median(self.seconds[name])
+
+
+class DeviceClock(Clock):
+    """Wall time, with the queue of a CUDA device emptied."""
+
+    def __init__(self, device: str) -> None:
+        super().__init__()
+        self.device = device
+
+    def now(self) -> float:
+        if self.device == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter()

@@ -19,14 +19,13 @@ import gc
 import re
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from common import Clock, make_batch
+from common import Clock, DeviceClock, make_batch
 from detdistill import Batch, Distiller, create_detector, create_method, list_methods
 
 PLAIN = [("retinanet", "retinanet")]
@@ -41,20 +40,6 @@ STEP, PARTS, ASSISTED = "step", "parts", "assisted"
 LINE = "{:<12} {:<34} {:<34} {:>5} {:>7}"
 STUDENT, TEACHER = (0, "student"), (1, "teacher")
 Contenders = dict[str, Callable[[], object]]
-
-
-class DeviceClock(Clock):
-    """CPU seconds of this process, or with CUDA wall time with the device's queue emptied."""
-
-    def __init__(self, device: str) -> None:
-        super().__init__()
-        self.device = device
-
-    def now(self) -> float:
-        if self.device == "cpu":
-            return super().now()
-        torch.cuda.synchronize()
-        return time.perf_counter()
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -80,7 +65,7 @@ class Row:
     ) -> None:
         self.options, self.method = options, method
         self.pair = (student, teacher)
-        self.clock = DeviceClock(options.device)
+        self.clock = Clock() if options.device == "cpu" else DeviceClock(options.device)
         batch = make_batch(options.batch, options.size, options.classes, options.boxes)
         self.batch: Batch = batch.to(options.device)
 

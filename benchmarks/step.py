@@ -10,7 +10,6 @@ Beside them stands torchvision's own RetinaNet training step on the same backbon
 from __future__ import annotations
 
 import argparse
-import time
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -23,7 +22,7 @@ from torchvision.models.detection import RetinaNet
 from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
 from torchvision.ops.feature_pyramid_network import LastLevelP6P7
 
-from common import Clock, make_batch
+from common import DeviceClock, make_batch
 from detdistill import Batch, CrossKD, Distiller, create_detector
 
 TORCHVISION = {"r18": "resnet18", "r34": "resnet34", "r50": "resnet50"}
@@ -42,19 +41,6 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--precision", nargs="+", default=["fp32", "bf16"])
     return parser.parse_args()
-
-
-class DeviceClock(Clock):
-    """Wall time, with the device's queue emptied."""
-
-    def __init__(self, device: str) -> None:
-        super().__init__()
-        self.device = device
-
-    def now(self) -> float:
-        if self.device == "cuda":
-            torch.cuda.synchronize()
-        return time.perf_counter()
 
 
 class Contender:
