@@ -1,7 +1,8 @@
 """Every fenced code block of README.md and docs/ works as it stands.
 
 A page's blocks run in their order, in one folder that holds a tiny data set in three formats,
-`my_coco`, `my_yolo` and `my_voc`, and a trained `runs/teacher` and `runs/distilled`. The only
+`my_coco`, `my_yolo` and `my_voc`, another in one piece, `pictures` and `labels.json`, and a trained
+`runs/teacher` and `runs/distilled`. The only
 change to a command is that training commands and `doctor` get the settings of `SMALL` appended,
 which make them short. All must succeed, but `doctor` may find problems: that teacher was trained
 for two steps.
@@ -67,11 +68,14 @@ def bash(text: str) -> None:
 
 @pytest.fixture(scope="session")
 def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with `my_coco`, `my_yolo`, `my_voc`, `runs/teacher` and `runs/distilled`."""
+    """A folder with the data sets and the trained models that the pages speak of."""
     from detdistill.data import generate_dataset
 
     folder = tmp_path_factory.mktemp("docs")
     generate_dataset(folder / "my_coco", train=4, val=2, test=2, size=96)
+    generate_dataset(folder / "whole", train=20, val=1, test=1, size=64)
+    (folder / "whole/images").rename(folder / "pictures")
+    (folder / "whole/annotations/train.json").rename(folder / "labels.json")
     write_yolo(folder / "my_coco", folder / "my_yolo")
     write_voc(folder / "my_coco", folder / "my_voc")
     data = ["--data", str(folder / "my_coco"), *SMALL]

@@ -215,7 +215,7 @@ def test_missing_places_are_told(write_folder, tmp_path):
         (Recipe(data=str(tmp_path / "none")), "train", "none: data folder not found"),
         (Recipe(data=str(empty)), "train", "empty: the data folder is empty"),
         (Recipe(data=str(folder / "images" / "a.png")), "train", "must be a folder"),
-        (Recipe(data=str(folder)), "val", "no val split.*hold out"),
+        (Recipe(data=str(folder)), "val", "no val split.*data split"),
         (Recipe(data=str(folder)), "test", "no test split.*--split val"),
         (Recipe(train_images=str(folder)), "train", "train_annotations is not"),
         (

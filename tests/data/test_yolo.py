@@ -226,7 +226,7 @@ def test_damaged_files(folder):
 
 def test_missing_splits_are_told(folder):
     text(folder / "data.yaml", ["train: images/train", "names: [cat, dog, cow]"])
-    with pytest.raises(UserError, match=r"no val split, it has no 'val'; hold out"):
+    with pytest.raises(UserError, match=r"no val split, it has no 'val'; .detdistill data split"):
         opened(folder, "val")
     with pytest.raises(UserError, match=r"no test split.*--split val.*`test: FOLDER`"):
         opened(folder, "test")

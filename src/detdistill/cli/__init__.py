@@ -13,7 +13,7 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
-from detdistill.cli import analysis, doctor, export, studies, training, using, weights
+from detdistill.cli import analysis, datasets, doctor, export, studies, training, using, weights
 from detdistill.errors import UserError, UserNotice, is_first_here, tells
 from detdistill.writing import disk_faults_told
 
@@ -95,8 +95,9 @@ _recipes.command("copy")(using.copy_recipe)
 _recipes.callback()(lambda: None)  # keeps `copy` a command of its own although it is the only one
 app.add_typer(_recipes, name="recipe")
 _data = _group("Make data sets, and convert them.")
-_data.command("builtin")(using.builtin_data)
-_data.command("convert")(using.convert_data)
+_data.command("builtin")(datasets.builtin_data)
+_data.command("convert")(datasets.convert_data)
+_data.command("split")(datasets.split_data)
 app.add_typer(_data, name="data")
 
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from detdistill.cli import checks
+from detdistill.cli.datasets import write_builtin_data
 from detdistill.cli.options import (
     Assignments,
     Data,
@@ -24,7 +25,6 @@ from detdistill.cli.options import (
     TeacherEpochs,
     TeacherToTrain,
 )
-from detdistill.cli.using import write_builtin_data
 from detdistill.errors import UserError
 
 if TYPE_CHECKING:

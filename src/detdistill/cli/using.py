@@ -1,4 +1,4 @@
-"""Commands that use what was trained, and the small ones: eval, predict, list, recipe, data."""
+"""Commands that use what was trained, and the small ones: eval, predict, list, recipe."""
 
 from __future__ import annotations
 
@@ -194,74 +194,6 @@ def copy_recipe(
     command = text.partition("\n")[0].removeprefix("# ")
     typer.echo(f"wrote {target}")
     typer.echo(f"Next: {command.replace(f'--recipe {name}', f'--recipe {target}')}")
-
-
-def builtin_data(
-    out: Annotated[Path, typer.Option("--out", metavar="FOLDER", help="New folder to write.")],
-    train: Annotated[int, typer.Option(help="Training images.")] = 2000,
-    val: Annotated[int, typer.Option(help="Validation images.")] = 400,
-    test: Annotated[int, typer.Option(help="Test images.")] = 1000,
-    size: Annotated[int, typer.Option(help="Height and width, pixels.")] = 192,
-    seed: Annotated[int, typer.Option(help="Another seed, other images.")] = 0,
-) -> None:
-    """Generate the built-in data set, a COCO folder; needs no download."""
-    checks.check_folder(out)
-    write_builtin_data(out, {"train": train, "val": val, "test": test, "size": size}, seed)
-    typer.echo(f"{out}: {train} training, {val} validation and {test} test images")
-    folder = shlex.quote(str(out))
-    typer.echo(f"Next: detdistill train --detector gfl_r18 --data {folder} --out runs/gfl_r18")
-
-
-def convert_data(
-    data: Annotated[
-        str, typer.Option("--data", metavar="FOLDER", help="COCO, YOLO or Pascal VOC data.")
-    ],
-    out: Annotated[Path, typer.Option("--out", metavar="FOLDER", help="New folder to write.")],
-    strict: Strict = False,
-) -> None:
-    """Write the same data as a COCO folder; images are hard links, or copies."""
-    checks.check_folder(out)
-    from typing import get_args
-
-    from detdistill.data import open_dataset, require_same_classes, write_coco_folder
-    from detdistill.data.splits import Split as Name
-    from detdistill.data.splits import has_split
-    from detdistill.recipe import validate_recipe
-
-    recipe = validate_recipe({"data": data, "strict": strict}, "command line")
-    names = [name for name in get_args(Name) if has_split(recipe, name)]
-    # Without any split the sentence about the first says what to do.
-    datasets = [open_dataset(recipe, name) for name in names or ["train"]]
-    for dataset in datasets:
-        require_same_classes(datasets[0], dataset)
-        show_faults(f"{dataset.source}", dataset.faults)
-    with _progress() as progress:
-        task = progress.add_task("images", total=None)
-        write_coco_folder(
-            out, datasets, progress=lambda done, of: progress.update(task, completed=done, total=of)
-        )
-    counts = ", ".join(f"{len(dataset)} {dataset.split}" for dataset in datasets)
-    typer.echo(f"{out}: {counts} images of {len(datasets[0].classes)} classes")
-    typer.echo(
-        f"Next: detdistill train --detector gfl_r18 --data {shlex.quote(str(out))} "
-        "--out runs/gfl_r18"
-    )
-
-
-def write_builtin_data(folder: Path, sizes: dict[str, int], seed: int) -> None:
-    """Generates a data set with a progress bar; one that is there already is left alone."""
-    from detdistill.data import generate_dataset
-
-    counts = {split: sizes[split] for split in ("train", "val", "test")}
-    with _progress() as progress:
-        task = progress.add_task("generated images", total=sum(counts.values()))
-        generate_dataset(
-            folder,
-            seed=seed,
-            size=sizes["size"],
-            progress=lambda done, _: progress.update(task, completed=done),
-            **counts,
-        )
 
 
 def load(weights: Path, detector: str | None) -> FPNDetector:

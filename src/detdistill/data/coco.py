@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TypeGuard
 
 from detdistill.data.collector import Box, BoxCollector, ImageFile
-from detdistill.data.dataset import DetectionDataset, Json, MissingSplitError, SplitReader
+from detdistill.data.dataset import WITHOUT, DetectionDataset, Json, MissingSplitError, SplitReader
 from detdistill.data.files import require_folder
 from detdistill.errors import UserError
 
@@ -36,10 +36,8 @@ _ROBOFLOW = "_annotations.coco.json"
 _ROBOFLOW_FOLDERS = {"train": "train", "val": "valid", "test": "test"}
 _ADVICE = {
     "train": "write one",
-    "val": "hold out some training images as val (10 % is usual), or set val_images and "
-    "val_annotations in the recipe",
-    "test": "`eval` measures another with --split val; or set test_images and test_annotations in "
-    "the recipe",
+    "val": f"{WITHOUT['val']}; or set val_images and val_annotations in the recipe",
+    "test": f"{WITHOUT['test']}; or set test_images and test_annotations in the recipe",
 }
 
 

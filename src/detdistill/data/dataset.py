@@ -15,6 +15,14 @@ from detdistill.errors import UserError
 Json = dict[str, Any]
 
 
+WITHOUT = {
+    "val": "`detdistill data split` cuts it from the training images",
+    "test": "`eval --split val` does without, `detdistill data split` cuts it from the training "
+    "images",
+}
+"""What to do where a split is missing, whatever the format."""
+
+
 class MissingSplitError(UserError):
     """The data set is there; this split of it is not."""
 

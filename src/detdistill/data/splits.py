@@ -57,7 +57,7 @@ def find_split(recipe: Recipe, split: Split) -> SplitReader:
             f"recipe: {split}_{given} is set but {split}_{missing} is not; set both or neither"
         )
     if recipe.data is None:
-        raise UserError(
+        raise MissingSplitError(
             f"no {split} data given; pass --data FOLDER (COCO, YOLO or Pascal VOC), or set "
             f"{split}_images and {split}_annotations in the recipe"
         )

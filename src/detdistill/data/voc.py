@@ -17,7 +17,7 @@ from functools import partial
 from pathlib import Path
 
 from detdistill.data.collector import BoxCollector, ImageFile
-from detdistill.data.dataset import DetectionDataset, MissingSplitError, SplitReader
+from detdistill.data.dataset import WITHOUT, DetectionDataset, MissingSplitError, SplitReader
 from detdistill.data.files import in_threads, is_image, read_lines
 from detdistill.data.voc_xml import VocAnnotation, VocObject, read_annotation
 from detdistill.errors import UserError
@@ -64,8 +64,8 @@ class _Year:
         """What was looked for, and what to do."""
         advice = {
             "train": "list its images there",
-            "val": "hold out some training images (10 % is usual) and list them there",
-            "test": "`eval` measures another with --split val; or list its images there",
+            "val": f"{WITHOUT['val']}; or list them there",
+            "test": f"{WITHOUT['test']}; or list its images there",
         }[split]
         if split != "test" and self.source("trainval").is_file():
             advice = "divide trainval.txt into train.txt and val.txt"
@@ -113,8 +113,8 @@ class _Folders:
         """What was looked for, and what to do."""
         advice = {
             "train": "put the training images there, with their XML files",
-            "val": "move some training images there (10 % is usual), with their XML files",
-            "test": "`eval` measures another with --split val; or put images and XML files there",
+            "val": f"{WITHOUT['val']}; or move some there, with their XML files",
+            "test": f"{WITHOUT['test']}; or put images and XML files there",
         }[split]
         return f"looked for {' or '.join(f'{name}/' for name in _FOLDERS[split])}; {advice}"
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from detdistill.data.collector import Box, BoxCollector, ImageFile
-from detdistill.data.dataset import DetectionDataset, MissingSplitError, SplitReader
+from detdistill.data.dataset import WITHOUT, DetectionDataset, MissingSplitError, SplitReader
 from detdistill.data.files import (
     IMAGE_SUFFIXES,
     in_threads,
@@ -35,8 +35,8 @@ FARTHEST = 2.0
 _NOT_LABELS = ("classes.txt", "labels.txt", "notes.txt")  # what labelling tools put beside them
 _ADVICE = {
     "train": "add the line `train: FOLDER`",
-    "val": "hold out some training images (10 % is usual) and add the line `val: FOLDER`",
-    "test": "`eval` measures another with --split val; or add the line `test: FOLDER`",
+    "val": f"{WITHOUT['val']}; or add the line `val: FOLDER`",
+    "test": f"{WITHOUT['test']}; or add the line `test: FOLDER`",
 }
 
 

@@ -1,0 +1,121 @@
+"""Data in one piece, divided into splits."""
+
+from __future__ import annotations
+
+import random
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from detdistill.data.dataset import DetectionDataset
+from detdistill.errors import UserError
+
+
+@dataclass(frozen=True)
+class _Unit:
+    """Images that stay together, and how many of them show each class."""
+
+    images: list[int]
+    classes: Counter[int]
+
+
+def divide(
+    dataset: DetectionDataset,
+    shares: Mapping[str, float],
+    *,
+    seed: int = 0,
+    group: str | None = None,
+) -> list[DetectionDataset]:
+    """Divides a split into several, each with about its share of the images of every class.
+
+    Images go one after another to the split that lacks them most, rare classes first (iterative
+    stratification: Sechidis et al., ECML PKDD 2011), in an order drawn by seed.
+
+    Args:
+        dataset: what to divide; its faults stay with the first part.
+        shares: the name of each part and its share of the images, 0..1; together 1.
+        seed: another seed, another division.
+        group: a regular expression. Images in whose path it finds the same text (that of its first
+            group, if it has one) stay together; one in whose path it finds nothing stands alone.
+
+    Raises:
+        UserError: when a part would be empty, or the expression is none.
+    """
+    units = _units(dataset, group)
+    random.Random(seed).shuffle(units)
+    parts: dict[str, list[int]] = {name: [] for name in shares}
+    for unit, name in _stratified(units, shares):
+        parts[name] += unit.images
+    empty = [name for name, images in parts.items() if not images]
+    if empty:
+        held = f"{len(units)} groups of images" if group else f"{len(units)} images"
+        raise UserError(
+            f"{dataset.source}: {held} do not suffice for a share of {shares[empty[0]]:g} for "
+            f"{empty[0]}; give it a larger share"
+        )
+    return [
+        _part(dataset, name, sorted(images), keep_faults=name == next(iter(shares)))
+        for name, images in parts.items()
+    ]
+
+
+def _units(dataset: DetectionDataset, group: str | None) -> list[_Unit]:
+    try:
+        pattern = re.compile(group) if group else None
+    except re.error as error:
+        raise UserError(f"group {group!r} is no regular expression: {error}") from None
+    together: dict[object, list[int]] = {}
+    for index, record in enumerate(dataset.records):
+        found = pattern.search(record.path.as_posix()) if pattern else None
+        key = index if found is None else (found.group(1) if found.groups() else found.group())
+        together.setdefault(key, []).append(index)
+    if pattern and len(together) == len(dataset):
+        raise UserError(
+            f"group {group!r} puts no two images of {dataset.source} together; the first is "
+            f"{dataset.records[0].path.as_posix()}"
+        )
+    return [
+        _Unit(images, Counter(c for i in images for c in set(dataset.records[i].labels.tolist())))
+        for images in together.values()
+    ]
+
+
+def _stratified(units: Sequence[_Unit], shares: Mapping[str, float]) -> list[tuple[_Unit, str]]:
+    """Each unit with the split it goes to."""
+    total: Counter[int] = sum((unit.classes for unit in units), Counter())
+    lacks = {
+        name: {c: share * count for c, count in total.items()} for name, share in shares.items()
+    }
+    images = sum(len(unit.images) for unit in units)
+    room = {name: share * images for name, share in shares.items()}
+    waiting, placed = list(units), []
+    while waiting:
+        left = sum((unit.classes for unit in waiting), Counter())
+        # Images without boxes are all that is left when no class is.
+        rarest = min(left, key=lambda c: (left[c], c), default=-1)
+        chosen = [unit for unit in waiting if rarest < 0 or rarest in unit.classes]
+        waiting = [unit for unit in waiting if rarest >= 0 and rarest not in unit.classes]
+        for unit in sorted(chosen, key=lambda unit: -len(unit.images)):
+            name = max(room, key=lambda name: (lacks[name].get(rarest, 0.0), room[name]))
+            room[name] -= len(unit.images)
+            for c, count in unit.classes.items():
+                lacks[name][c] -= count
+            placed.append((unit, name))
+    return placed
+
+
+def _part(
+    dataset: DetectionDataset, name: str, images: list[int], *, keep_faults: bool
+) -> DetectionDataset:
+    counts = [len(record.labels) for record in dataset.records]
+    boxes = torch.split(dataset.stated_xywh, counts)
+    return replace(
+        dataset,
+        records=[dataset.records[i] for i in images],
+        split=name,
+        faults=dataset.faults if keep_faults else [],
+        stated_xywh=torch.cat([boxes[i] for i in images]),
+    )
