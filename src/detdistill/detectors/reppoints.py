@@ -16,7 +16,7 @@ from detdistill.parts.anchors import PointGrid
 from detdistill.parts.assigners import assign_max_iou, assign_nearest_point
 from detdistill.parts.coders import points_to_xyxy
 from detdistill.parts.fpn import ExtraFrom
-from detdistill.parts.heads import PointConv, predictor
+from detdistill.parts.heads import PointConv, hidden_conv, predictor
 from detdistill.parts.losses import Reduce, focal_loss_sum
 from detdistill.registry import Depth, Width
 from detdistill.structures import (
@@ -91,7 +91,7 @@ class RepPoints(DenseDetector):
             reduce=reduce,
         )
         width: int = self.towers["cls"].out_channels  # type: ignore[assignment]
-        self.init_conv = predictor(width, width)
+        self.init_conv = hidden_conv(width)
         self.init_points = predictor(width, 2 * POINTS, kernel=1)
         self.deform = nn.ModuleDict({b: PointConv(width, width) for b in ("cls", "box")})
         self.refined_points = predictor(width, 2 * POINTS, kernel=1)

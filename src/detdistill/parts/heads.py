@@ -37,7 +37,8 @@ class TowerBlock(nn.Module):
         super().__init__()
         self.conv = nn.Conv2d(in_channels, channels, 3, padding=1, bias=not group_norm)
         self.norm = normalisation(channels, group_norm)
-        nn.init.normal_(self.conv.weight, std=_initial_std(in_channels, group_norm))
+        # Normalisation undoes any factor.
+        nn.init.normal_(self.conv.weight, std=0.01 if group_norm else _hidden_std(in_channels))
         if self.conv.bias is not None:
             nn.init.zeros_(self.conv.bias)
 
@@ -102,7 +103,7 @@ class PointConv(nn.Module):
         """Without bias, as published."""
         super().__init__()
         self.weight = nn.Parameter(torch.empty(out_channels, in_channels, 3, 3))
-        nn.init.normal_(self.weight, std=0.01)
+        nn.init.normal_(self.weight, std=_hidden_std(in_channels))
         y, x = torch.meshgrid(torch.arange(-1.0, 2.0), torch.arange(-1.0, 2.0), indexing="ij")
         taps = torch.stack((y, x), -1).reshape(1, -1, 1, 1)  # where they look by themselves
         self.register_buffer("taps", taps, persistent=False)
@@ -138,13 +139,21 @@ def predictor(
     return conv
 
 
-def _initial_std(in_channels: int, group_norm: bool) -> float:
-    """0.01, as published for 256 channels; narrower blocks that nothing normalises get more.
+def hidden_conv(channels: int) -> nn.Conv2d:
+    """A 3x3 convolution before the last, which nothing normalises; its ReLU is the caller's."""
+    conv = nn.Conv2d(channels, channels, 3, padding=1)
+    nn.init.normal_(conv.weight, std=_hidden_std(channels))
+    nn.init.zeros_(conv.bias)  # type: ignore[arg-type]
+    return conv
 
-    With 0.01 a block of 16 channels passes a twelfth of its input on, one of 256 a third: four
-    narrow ones leave nothing to learn from. Normalisation undoes any factor.
+
+def _hidden_std(in_channels: int) -> float:
+    """0.01, as published for 256 channels; narrower convolutions get more.
+
+    With 0.01 one of 16 channels passes a twelfth of its input on, one of 256 a third: a few narrow
+    ones after each other leave nothing to learn from.
     """
-    return 0.01 if group_norm else 0.01 * math.sqrt(256 / in_channels)
+    return 0.01 * math.sqrt(256 / in_channels)
 
 
 def _groups(channels: int) -> int:
