@@ -53,7 +53,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--data", required=True, help="BCCD as a COCO folder")
     parser.add_argument("--out", required=True, type=Path, help="a run folder per detector")
     parser.add_argument("--detectors", nargs="+", default=list_detectors("*_r18"))
-    parser.add_argument("--epochs", type=int, default=14, help="RetinaNet takes twice as many, RepPoints half as many again")
+    parser.add_argument("--epochs", type=int, default=14, help="some take more: LONGER")
     return parser.parse_args()
 
 
