@@ -2,6 +2,7 @@
 
 import copy
 from math import log
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -77,6 +78,55 @@ def test_mimic_by_hand():
     method.prepare(model, narrow("retinanet_r18", 2, seed=1))
     step.student_model = model
     assert method(step)["cls"].item() == pytest.approx(0.5 * log(2))
+
+
+def test_the_best_anchor_of_a_cell_by_hand():
+    # Two anchors a cell, scores of the teacher 0.2 and 0.8 in one cell, 0.6 and 0.3 in the other;
+    # the student says 1/2: (ln 2) 0.3 + (ln 2) 0.1. The anchor of 0.6 is ignored: (ln 2) 0.3.
+    scores = torch.tensor([[0.2, 0.6], [0.8, 0.3]]).reshape(1, 2, 1, 1, 2)
+    assignment = handmade.assignment([[0, -1, -1, -1]], [[0]])
+    step = handmade.step(
+        handmade.output([torch.zeros(1, 1, 1, 1, 2)]),
+        handmade.output([scores.logit()]),
+        of_teacher=assignment,
+    )
+    student = narrow("gfl_r18", 1)
+    method = PredictionMimicking(box=False, anchors="best")
+    method.prepare(student, narrow("retinanet_r18", 1, seed=1))
+    step.teacher_model.grid = SimpleNamespace(per_location=2)
+    step.student_model = student
+    step.student.anchors.append(torch.zeros(2, 4))
+    assert method(step)["cls"].item() == pytest.approx(0.4 * log(2))
+    assignment.weights[0, 2] = 0  # the first anchor of the second cell
+    assert method(step)["cls"].item() == pytest.approx(0.3 * log(2))
+
+
+def test_the_best_anchors_boxes_are_copied():
+    # A student whose boxes are those of the teacher's best anchors has nothing to learn.
+    student, teacher, batch = narrow("gfl_r18"), narrow("retinanet_r18", seed=1), make_batch()
+    handmade.spread_predictions(teacher)
+    method = PredictionMimicking(cls=False, anchors="best")
+    distiller = Distiller(student, teacher, {"mimic": method}).train()
+    with torch.no_grad():
+        assert distiller(batch)["mimic/box"] > 1e-3
+        out = teacher(batch)
+        flat, anchors = out.predictions.flatten(), teacher.flat_anchors(out.anchors)
+        boxes = teacher.decode(flat.boxes, anchors)
+        rows = torch.arange(0, boxes.shape[1], 9) + flat.logits.amax(-1).view(
+            len(boxes), -1, 9
+        ).argmax(-1)
+        best, decode = boxes[torch.arange(len(boxes))[:, None], rows], student.decode
+        # The student's own loss decodes single positives, not a batch of all cells.
+        student.decode = lambda encoded, at: best if encoded.dim() == 3 else decode(encoded, at)
+        assert distiller(batch)["mimic/box"].item() == pytest.approx(0, abs=1e-5)
+
+
+def test_best_anchors_need_one_prediction_a_cell():
+    with pytest.raises(
+        UserError, match="anchors 'best' needs a student with one prediction a cell"
+    ):
+        build = PredictionMimicking(anchors="best")
+        Distiller(narrow("retinanet_r18"), narrow("retinanet_r18"), {"mimic": build})
 
 
 def test_soft_labels_by_hand():

@@ -157,7 +157,7 @@ class CrossKD(Method):
 class PredictionLoss:
     """CrossKD's comparison of predictions with the teacher's; `mimic` shares it.
 
-    Both sides stand on the teacher's anchors, so its assignment says what counts and what divides.
+    The teacher's assignment says what counts and what divides.
 
     Args:
         method: its name, for messages.
@@ -197,33 +197,40 @@ class PredictionLoss:
         )
 
     def __call__(
-        self, found: FlatPredictions, step: Step, decode: Callable[[Tensor, Tensor], Tensor]
+        self,
+        found: FlatPredictions,
+        step: Step,
+        decode: Callable[[Tensor, Tensor], Tensor],
+        choose: Callable[[Tensor], Tensor] = lambda of_teacher: of_teacher,
     ) -> dict[str, Tensor]:
         """Raw terms of predictions that learn from the teacher's, summed over all levels.
 
         Args:
-            found: on the teacher's anchors, with gradient.
+            found: with gradient.
             step: the training step.
             decode: turns encodings (B, P, D) of `found`, on anchors (P, 4), to boxes (B, P, 4).
+            choose: of what the teacher has, (B, P_teacher, ...), what the P of `found` are compared
+                with; all where they stand on the teacher's anchors.
         """
         assert step.teacher is not None and self.box_loss is not None
         target = step.teacher.predictions.flatten()
-        scores = target.logits.sigmoid()
+        scores = choose(target.logits.sigmoid())
         assignment, normaliser = step.teacher_assignment, self._normaliser(step)
+        counts = choose(assignment.weights)
         terms = {}
         if "cls" in self.weights:
             # CrossKD eq. for classification; published normaliser: positives, not all locations.
-            total = soft_target_focal_sum(found.logits, scores, assignment.weights, 1)
+            total = soft_target_focal_sum(found.logits, scores, counts, 1)
             terms["cls"] = total / normaliser
         if "box" in self.weights:
             # Published: the teacher's best score; the paper weighs all anchors alike.
-            best_score = scores.amax(-1) * assignment.weights
+            best_score = scores.amax(-1) * counts
             if self.box_loss == "kl":
-                terms["box"] = self._box_kl(found.boxes, target.boxes, best_score)
+                terms["box"] = self._box_kl(found.boxes, choose(target.boxes), best_score)
             else:
                 anchors = step.dense_teacher.flat_anchors(step.teacher.anchors)
                 boxes = decode(found.boxes, anchors)
-                target_boxes = step.dense_teacher.decode(target.boxes, anchors)
+                target_boxes = choose(step.dense_teacher.decode(target.boxes, anchors))
                 losses = DECODED_LOSSES[self.box_loss](boxes, target_boxes)
                 terms["box"] = (losses * best_score).sum() / normaliser
         if "quality" in self.weights:
