@@ -57,24 +57,53 @@ def test_share_of_the_gap():
 
 
 @pytest.mark.parametrize(
-    ("gains", "start"),
+    ("gains", "start", "low", "high"),
     [
-        ([2.7, 3.2, 3.4], "CrossKD helps: +3.1 AP (seeds +2.7 to +3.4, all positive)."),
-        ([-2.7, -3.2, -3.4], "CrossKD hurts: -3.1 AP (seeds -3.4 to -2.7, all negative)."),
-        ([2.0, -0.5, 1.0], "CrossKD: no clear gain, the seeds disagree (+0.8 AP, seeds -0.5 to +2"),
-        ([2.0, 0.0], "CrossKD: no clear gain, some seeds show none (+1.0 AP, seeds +0.0 to +2.0)."),
-        ([2.0, -0.01], "CrossKD: no clear gain, some seeds show none (+1.0 AP, seeds +0.0 to +2."),
-        ([-0.02, 0.01], "CrossKD: no gain (+0.0 AP, seeds +0.0 to +0.0)."),
-        ([0.04, 0.04], "CrossKD: no gain (+0.0 AP, seeds +0.0 to +0.0)."),
+        (
+            [2.7, 3.2, 3.4],
+            "CrossKD helps: +3.1 AP ({}; seeds +2.7 to +3.4, all positive).",
+            2.2,
+            4.0,
+        ),
+        (
+            [-2.7, -3.2, -3.4],
+            "CrossKD hurts: -3.1 AP ({}; seeds -3.4 to -2.7, all negative).",
+            -4.0,
+            -2.2,
+        ),
+        (
+            [2.0, -0.5, 1.0],
+            "CrossKD: no clear gain, the seeds disagree (+0.8 AP, {}; seeds -0.5 to +2.0).",
+            -2.3,
+            4.0,
+        ),
+        (
+            [2.0, 0.0],
+            "CrossKD: no clear gain, some seeds show none (+1.0 AP, {}; seeds +0.0 to +2.0).",
+            -11.7,
+            13.7,
+        ),
+        (
+            [2.0, -0.01],
+            "CrossKD: no clear gain, some seeds show none (+1.0 AP, {}; seeds +0.0 to +2.0).",
+            -11.8,
+            13.8,
+        ),
+        ([-0.02, 0.01], "CrossKD: no gain (+0.0 AP, {}; seeds +0.0 to +0.0).", -0.2, 0.2),
+        ([0.04, 0.04], "CrossKD: no gain (+0.0 AP, {}; seeds +0.0 to +0.0).", 0.0, 0.0),
         (
             [0.1, 4.0, 0.2],
-            "CrossKD: no clear gain. +1.4 AP (seeds +0.1 to +4.0, all positive), but",
+            "CrossKD: no clear gain. +1.4 AP ({}; seeds +0.1 to +4.0, all positive), but",
+            -4.1,
+            7.0,
         ),
-        ([3.1], "CrossKD: +3.1 AP with one seed, which says nothing about the spread"),
+        ([3.1], "CrossKD: +3.1 AP with one seed, which says nothing about the spread", None, None),
     ],
 )
-def test_verdict_says_no_more_than_the_seeds(gains, start):
-    assert verdict("CrossKD", gains).startswith(start)
+def test_verdict_says_no_more_than_the_seeds(gains, start, low, high):
+    # By hand: mean +- t * deviation / root of the number, t = 12.71 for two seeds, 4.30 for three.
+    interval = low is not None and f"95 % interval {low:+.1f} to {high:+.1f}"
+    assert verdict("CrossKD", gains).startswith(start.format(interval))
 
 
 @pytest.mark.parametrize("sign", [1, -1])
@@ -110,7 +139,8 @@ def test_no_share_of_a_gap_that_is_none():
 def test_without_a_teacher_nothing_is_said_of_one():
     rows = arms()[1:]
     first, second = verdicts(rows)
-    assert first == "CrossKD helps: +3.2 AP (seeds +3.0 to +3.4, all positive)."
+    interval = "95 % interval +2.6 to +3.7"
+    assert first == f"CrossKD helps: +3.2 AP ({interval}; seeds +3.0 to +3.4, all positive)."
     assert second.startswith("Against the student alone given the same training time")
     assert warnings(rows) == []
     shown = [plain_table(rows), table_notes(rows), markdown_table(rows)]

@@ -100,13 +100,19 @@ def spread(values: Sequence[float]) -> float | None:
     return statistics.stdev(values) if len(values) > 1 else None
 
 
+def mean_interval(gains: Sequence[float]) -> tuple[float, float]:
+    """95 % interval of the mean gain over seeds (Student's t); of one seed it has no end."""
+    if len(gains) < 2:
+        return -math.inf, math.inf
+    error = statistics.stdev(gains) / math.sqrt(len(gains))
+    reach = error * T_LIMITS[min(len(gains) - 1, len(T_LIMITS)) - 1]
+    return statistics.fmean(gains) - reach, statistics.fmean(gains) + reach
+
+
 def is_clear(gains: Sequence[float]) -> bool:
     """Whether all gains have one sign and their mean differs from 0 (two-sided t test, 5 %)."""
-    if len(gains) < 2 or not (min(gains) > 0 or max(gains) < 0):
-        return False
-    error = statistics.stdev(gains) / math.sqrt(len(gains))
-    limit = T_LIMITS[min(len(gains) - 1, len(T_LIMITS)) - 1]
-    return abs(statistics.fmean(gains)) > limit * error
+    low, high = mean_interval(gains)
+    return (low > 0 and min(gains) > 0) or (high < 0 and max(gains) < 0)
 
 
 def verdict(title: str, gains: Sequence[float], caveat: str = "") -> str:
@@ -119,7 +125,11 @@ def verdict(title: str, gains: Sequence[float], caveat: str = "") -> str:
         )
     # As they are shown: a gain that reads +0.0 is neither positive nor negative.
     low, high = round(min(gains), 1), round(max(gains), 1)
-    reach = f"seeds {_signed(low)} to {_signed(high)}"
+    lower, upper = mean_interval(gains)
+    reach = (
+        f"95 % interval {_signed(lower)} to {_signed(upper)}; "
+        f"seeds {_signed(low)} to {_signed(high)}"
+    )
     if low < 0 < high:
         return f"{title}: no clear gain, the seeds disagree ({mean}, {reach})."
     if low == high == 0:
