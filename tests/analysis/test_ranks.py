@@ -17,11 +17,13 @@ from detdistill.analysis.ranks import (
 BOX = torch.tensor([0.0, 0, 10, 10])
 
 
-def example(teacher, student, boxes=None):
+def example(teacher, student, boxes=None, finals=None):
     teacher, student = torch.tensor(teacher), torch.tensor(student)
     points = torch.zeros(len(teacher), 2)
-    boxes = BOX.expand(len(teacher), 4) if boxes is None else torch.tensor(boxes)
-    return RankExample(0, torch.zeros(3, 20, 20), BOX, points, teacher, student, boxes, tau=0.25)
+    boxes = BOX.expand(2, len(teacher), 4) if boxes is None else torch.tensor(boxes)
+    finals = torch.stack((teacher, student)) if finals is None else torch.tensor(finals)
+    image = torch.zeros(3, 20, 20)
+    return RankExample(0, image, BOX, points, teacher, student, finals, boxes, tau=0.25)
 
 
 def test_candidates_are_the_anchors_of_an_object():
@@ -50,11 +52,22 @@ def test_sizes_are_cocos(area, size):
 
 def test_a_row_by_hand():
     boxes = [[0.0, 0, 10, 5], [0, 0, 10, 10], [0, 0, 5, 5]]
-    row = example((0.9, 0.5, 0.1), (0.1, 0.2, 0.3), boxes).row(2000)
+    teachers = [[0.0, 0, 10, 8], [0, 0, 1, 1], [0, 0, 1, 1]]
+    row = example((0.9, 0.5, 0.1), (0.1, 0.2, 0.3), [teachers, boxes]).row(2000)
     assert (row.size, row.tau, row.differs) == (1, 0.25, True)
+    assert row.iou_teacher == pytest.approx(0.8)
     assert row.iou_own == pytest.approx(0.25)
     assert row.iou_teachers == pytest.approx(0.5)
     assert row.iou_best == pytest.approx(1)
+
+
+def test_the_final_score_says_which_box_is_kept():
+    # By class scores both put the first candidate first; with quality the student the second.
+    boxes = [[0.0, 0, 10, 5], [0, 0, 10, 10]]
+    found = example((0.9, 0.5), (0.9, 0.8), [boxes, boxes], [[0.8, 0.4], [0.2, 0.7]])
+    assert found.best == (0, 1)
+    row = found.row(1)
+    assert row.differs and row.iou_own == pytest.approx(1) and row.iou_teachers == 0.5
 
 
 def test_summary_leaves_out_what_is_undefined():
@@ -77,6 +90,8 @@ def test_equal_models_agree(name, make_pair, look):
     assert found["all"]["tau"] == pytest.approx(1)
     assert found["all"]["best_differs_share"] == 0
     assert found["all"]["iou_at_own_best"] == found["all"]["iou_at_teachers_best"]
+    assert found["all"]["iou_at_own_best"] == pytest.approx(found["all"]["teachers_iou"])
+    assert found["easy"]["objects"] + found["hard"]["objects"] == found["objects_with_candidates"]
     assert sum(found["histogram"]) == found["histogram"][-1]
     assert part.examples.items() == []  # nothing disagrees
 

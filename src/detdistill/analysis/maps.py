@@ -89,13 +89,14 @@ def rank_panels(example: RankExample, title: str) -> list[Panel]:
     object_box = (example.box_xyxy[None] - shift.repeat(2)) * factor
     where = _uri(_larger(image, factor), [Layer(object_box, OBJECT)])
     panels = [Panel(title, f"tau {example.tau:.2f}, {len(points)} candidates", where)]
-    for name, scores in (
-        ("teacher's order", example.teacher),
-        ("student's order", example.student),
+    for name, scores, best in (
+        ("teacher's order", example.teacher, example.best[0]),
+        ("student's order", example.student, example.best[1]),
     ):
         caption = f"best score {float(scores.max()):.2f}"
-        panels.append(Panel(name, caption, jpeg_data_uri(_dots(image, factor, points, scores))))
-    chosen = example.student_boxes[[int(example.teacher.argmax()), int(example.student.argmax())]]
+        dots = _dots(image, factor, points, scores, best)
+        panels.append(Panel(name, caption, jpeg_data_uri(dots)))
+    chosen = example.boxes[1, list(example.best)]
     boxes = torch.cat((object_box, (chosen - shift.repeat(2)) * factor))
     layers = [Layer(boxes[i : i + 1], c) for i, c in enumerate((OBJECT, TEACHERS, OWN))]
     caption = f"IoU {row.iou_own:.2f} at its own best, {row.iou_teachers:.2f} at the teacher's"
@@ -103,8 +104,8 @@ def rank_panels(example: RankExample, title: str) -> list[Panel]:
     return panels
 
 
-def _dots(image: Tensor, factor: int, points: Tensor, scores: Tensor) -> Tensor:
-    """Candidates at (n, 2) points of the enlarged image, coloured by rank, the best with a ring."""
+def _dots(image: Tensor, factor: int, points: Tensor, scores: Tensor, kept: int) -> Tensor:
+    """Candidates at (n, 2) points of the enlarged image, coloured by rank; a ring at `kept`."""
     enlarged = _larger(image, factor)
     canvas = to_pil((enlarged.float().mean(0, keepdim=True) * 0.7).expand(3, -1, -1).byte())
     draw = ImageDraw.Draw(canvas)
@@ -114,7 +115,7 @@ def _dots(image: Tensor, factor: int, points: Tensor, scores: Tensor) -> Tensor:
     for place in scores.argsort(stable=True).tolist():  # the best lies on top
         x, y = points[place].tolist()
         red, green, blue = (round(255 * part) for part in colours[place][:3])
-        best = place == int(scores.argmax())
+        best = place == kept
         draw.ellipse(
             (x - radius, y - radius, x + radius, y + radius),
             fill=(red, green, blue),

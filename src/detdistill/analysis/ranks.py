@@ -3,7 +3,8 @@
 Rank Mimicking (Li et al., arXiv 2112.04840) argues from it: where the student's order differs, the
 box that survives comes from a worse anchor. As far as its formulas are known (reconstructed), the
 candidates of an object are the anchors that the teacher's assigner gives to it, and their score is
-that of the object's class.
+that of the object's class. The box that survives is the one with the best final score, into which a
+quality branch (centerness) enters, too.
 """
 
 from __future__ import annotations
@@ -20,12 +21,11 @@ from detdistill.analysis.examples import Foremost
 from detdistill.analysis.pair import Pair, Sample
 from detdistill.analysis.statistics import kendall_tau
 from detdistill.boxes import centers_xy, elementwise_iou
-from detdistill.detectors import DenseDetector
-from detdistill.structures import flatten_maps
 
 SMALL, LARGE = 32**2, 96**2  # COCO's limits, pixels squared of the image file
 SIZES = ("small", "medium", "large")
 BINS = 20
+EASY = 0.75  # IoU of the teacher's box with the object from which on it is easy
 DRAWN = 6  # candidates from which on an object may become an example
 
 
@@ -37,6 +37,7 @@ class Row:
         size: 0 small, 1 medium, 2 large.
         tau: Kendall's, -1..1; NaN where a model gives all candidates one score.
         differs: whether the best candidate differs.
+        iou_teacher: of the teacher's box with the object, at the teacher's best candidate.
         iou_own, iou_teachers, iou_best: of the student's box with the object, at the student's best
             candidate, at the teacher's, and at the candidate with the highest IoU.
     """
@@ -44,6 +45,7 @@ class Row:
     size: int
     tau: float
     differs: bool
+    iou_teacher: float
     iou_own: float
     iou_teachers: float
     iou_best: float
@@ -58,9 +60,10 @@ class RankExample:
         image: (3, h, w) uint8.
         box_xyxy: (4,) of the object.
         points: (n, 2) their centres.
-        teacher, student: (n,) their scores, 0..1.
-        student_boxes: (n, 4) what the student predicts there, xyxy.
-        tau: Kendall's of the two scores.
+        teacher, student: (n,) their class scores, 0..1.
+        finals: (2, n) their final scores, teacher's and student's.
+        boxes: (2, n, 4) what they predict there, xyxy.
+        tau: Kendall's of the two class scores.
     """
 
     index: int
@@ -69,18 +72,27 @@ class RankExample:
     points: Tensor
     teacher: Tensor
     student: Tensor
-    student_boxes: Tensor
+    finals: Tensor
+    boxes: Tensor
     tau: float
+
+    @property
+    def best(self) -> tuple[int, int]:
+        """The candidate whose box survives, the teacher's and the student's."""
+        teacher, student = self.finals.argmax(1).tolist()
+        return teacher, student
 
     def row(self, area: float) -> Row:
         """The numbers of this object of `area` pixels squared of the image file."""
-        iou = elementwise_iou(self.student_boxes, self.box_xyxy.expand_as(self.student_boxes))
+        iou_teacher, iou = elementwise_iou(self.boxes, self.box_xyxy.expand_as(self.boxes))
+        teachers, own = self.best
         return Row(
             size_of(area),
             self.tau,
-            best_differs(self.teacher, self.student),
-            float(iou[self.student.argmax()]),
-            float(iou[self.teacher.argmax()]),
+            best_differs(*self.finals),
+            float(iou_teacher[teachers]),
+            float(iou[own]),
+            float(iou[teachers]),
             float(iou.max()),
         )
 
@@ -124,7 +136,7 @@ class Ranks:
         model = self.pair.dense_models[0]
         matched = model.assign(sample.teacher.dense, sample.targets).matched[0]
         self.objects += len(sample.areas)
-        candidates = _Candidates(sample, self.pair.dense_models[1])
+        candidates = _Candidates(sample, self.pair)
         for number, rows in enumerate(candidates_of(matched, len(sample.areas))):
             if len(rows) > 1:
                 self._add_object(candidates.of_object(number, rows), float(sample.areas[number]))
@@ -146,6 +158,8 @@ class Ranks:
                 name: summarise([row for row in self.rows if row.size == size])
                 for size, name in enumerate(SIZES)
             },
+            "easy": summarise([row for row in self.rows if row.iou_teacher >= EASY]),
+            "hard": summarise([row for row in self.rows if row.iou_teacher < EASY]),
             "histogram": histogram.long().tolist(),
         }
 
@@ -153,17 +167,24 @@ class Ranks:
 class _Candidates:
     """Scores and boxes of one image over all anchors, from which objects take their rows."""
 
-    def __init__(self, sample: Sample, student: DenseDetector) -> None:
-        self.sample, self.student = sample, student
+    def __init__(self, sample: Sample, pair: Pair) -> None:
+        self.sample, self.models = sample, pair.dense_models
         views = (sample.teacher.dense, sample.student.dense)
-        self.logits = [flatten_maps(view.predictions.logits)[0] for view in views]
-        self.encodings = flatten_maps(views[1].predictions.boxes)[0]
-        self.anchors = student.flat_anchors(views[1].anchors)
+        self.flat = [view.predictions.flatten() for view in views]
+        self.anchors = self.models[1].flat_anchors(views[1].anchors)
 
     def of_object(self, number: int, rows: Tensor) -> RankExample:
         label = self.sample.targets.labels[0, number]
-        teacher, student = (logits[rows, label].sigmoid().cpu() for logits in self.logits)
-        boxes = self.student.decode(self.encodings[rows], self.anchors[rows])
+        scores = [flat.logits[0, rows, label].sigmoid() for flat in self.flat]
+        finals = [
+            score if flat.quality is None else model.with_quality(score, flat.quality[0, rows])
+            for model, flat, score in zip(self.models, self.flat, scores, strict=True)
+        ]
+        boxes = [
+            model.decode(flat.boxes[0, rows], self.anchors[rows])
+            for model, flat in zip(self.models, self.flat, strict=True)
+        ]
+        teacher, student = (score.cpu() for score in scores)
         return RankExample(
             self.sample.index,
             self.sample.image,
@@ -171,7 +192,8 @@ class _Candidates:
             centers_xy(self.anchors[rows]).cpu(),
             teacher,
             student,
-            boxes.cpu(),
+            torch.stack(finals).cpu(),
+            torch.stack(boxes).cpu(),
             kendall_tau(teacher, student),
         )
 
@@ -184,6 +206,7 @@ def summarise(rows: list[Row]) -> dict[str, float | int | None]:
         "tau": _mean(taus),
         "tau_median": statistics.median(taus) if taus else None,
         "best_differs_share": _mean([float(row.differs) for row in rows]),
+        "teachers_iou": _mean([row.iou_teacher for row in rows]),
         "iou_at_own_best": _mean([row.iou_own for row in rows]),
         "iou_at_teachers_best": _mean([row.iou_teachers for row in rows]),
         "iou_at_best": _mean([row.iou_best for row in rows]),

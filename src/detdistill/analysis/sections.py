@@ -9,7 +9,7 @@ from detdistill.analysis import charts
 from detdistill.analysis.conflict import THRESHOLD, Conflict
 from detdistill.analysis.imitation import Imitation
 from detdistill.analysis.maps import HEAT, OBJECT, OWN, RANK, TEACHERS, map_panels, rank_panels
-from detdistill.analysis.ranks import Ranks
+from detdistill.analysis.ranks import EASY, Ranks
 from detdistill.analysis.words import Numbers, percent, plain
 from detdistill.data import DetectionDataset
 from detdistill.drawing.page import figure, panel_row, table
@@ -24,7 +24,8 @@ CONFLICT = (
 RANKS = (
     "The candidates of an object are the anchors or points that the teacher's assigner gives to "
     "it. Detection keeps the one with the best score. If the student ranks them otherwise, it "
-    "keeps a box from another place, often a worse one; Rank Mimicking teaches the order."
+    "keeps a box from another place, often a worse one, above all of hard objects; Rank Mimicking "
+    "teaches the order."
 )
 IMITATION = (
     "Prediction-guided Feature Imitation holds that features which differ where predictions agree "
@@ -117,13 +118,16 @@ def ranks_section(part: Ranks, found: Numbers, dataset: DetectionDataset) -> str
     if chart is None:
         return "<p>No object here has two candidates with different scores.</p>"
     header = ["", "objects", "mean tau", "median", "best differs"]
-    header += ["IoU at own best", "at the teacher's best", "best possible"]
+    header += ["teacher's IoU", "IoU at own best", "at the teacher's best", "best possible"]
     rows = {"all": found["all"], **found["sizes"]}
+    rows |= {"easy for the teacher": found["easy"], "hard": found["hard"]}
     few = found["objects"] - found["objects_with_candidates"]
     note = (
-        "IoU is that of the student's box with the object: at the candidate that the student ranks "
-        "first, at the one that the teacher ranks first, and the best of all. Small is below "
-        "32 x 32 pixels of the image file, large from 96 x 96. Objects with fewer than two "
+        "Tau compares class scores; best is the final score, with centerness where there is one. "
+        "The teacher's IoU is that of its box with the object at its own best candidate; easy is "
+        f"from {EASY} on. The other three are of the student's box: at the candidate that the "
+        "student puts first, at the one that the teacher puts first, and the best of all. Small is "
+        "below 32 x 32 pixels of the image file, large from 96 x 96. Objects with fewer than two "
         f"candidates do not count: {few} of {found['objects']}."
     )
     examples = part.examples.items()
@@ -150,6 +154,7 @@ def _rank_row(name: str, row: Numbers) -> list[str]:
         plain(row["tau"]),
         plain(row["tau_median"]),
         percent(row["best_differs_share"]),
+        plain(row["teachers_iou"]),
         plain(row["iou_at_own_best"]),
         plain(row["iou_at_teachers_best"]),
         plain(row["iou_at_best"]),
