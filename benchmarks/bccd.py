@@ -35,6 +35,7 @@ OPTIONS = {
     "reppoints": {"tower_channels": 32},  # deformable convolutions are slow on a CPU
 }
 LONGER = {"retinanet": 2, "reppoints": 1.5}  # times the epochs; they start slowly
+BATCHES = {"reppoints": 4}  # twice the steps for the same time
 SETTINGS = {
     "resize_short": [312],
     "resize_long": 416,
@@ -61,7 +62,9 @@ def run_recipe(detector: str, data: str, epochs: int) -> Recipe:
     family = detector.rpartition("_")[0]
     options = NARROW | OPTIONS.get(family, DENSE)
     epochs = round(epochs * LONGER.get(family, 1))
+    batch = BATCHES.get(family, 8)
     run = {"student": detector, "student_options": options, "data": data, "epochs": epochs}
+    run |= {"batch_size": batch, "base_batch": batch}
     return validate_recipe(SETTINGS | run, "benchmarks/bccd.py")
 
 

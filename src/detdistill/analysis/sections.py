@@ -117,8 +117,8 @@ def ranks_section(part: Ranks, found: Numbers, dataset: DetectionDataset) -> str
     chart = charts.ranks_chart(found)
     if chart is None:
         return "<p>No object here has two candidates with different scores.</p>"
-    header = ["", "objects", "mean tau", "median", "best differs"]
-    header += ["teacher's IoU", "IoU at own best", "at the teacher's best", "best possible"]
+    header = ["", "objects", "mean tau", "median", "best differs", "teacher's IoU"]
+    header += ["student's IoU", "at teacher's best", "at best"]
     rows = {"all": found["all"], **found["sizes"]}
     rows |= {"easy for the teacher": found["easy"], "hard": found["hard"]}
     few = found["objects"] - found["objects_with_candidates"]
