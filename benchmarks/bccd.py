@@ -35,7 +35,8 @@ OPTIONS = {
     "reppoints": {"tower_channels": 32},  # deformable convolutions are slow on a CPU
 }
 LONGER = {"retinanet": 2, "reppoints": 1.5}  # times the epochs; they start slowly
-BATCHES = {"reppoints": 4}  # twice the steps for the same time
+# Twice the steps for the same time, and larger ones.
+STEPS = {"reppoints": {"batch_size": 4, "base_batch": 4, "lr": 0.002}}
 SETTINGS = {
     "resize_short": [312],
     "resize_long": 416,
@@ -62,10 +63,9 @@ def run_recipe(detector: str, data: str, epochs: int) -> Recipe:
     family = detector.rpartition("_")[0]
     options = NARROW | OPTIONS.get(family, DENSE)
     epochs = round(epochs * LONGER.get(family, 1))
-    batch = BATCHES.get(family, 8)
     run = {"student": detector, "student_options": options, "data": data, "epochs": epochs}
-    run |= {"batch_size": batch, "base_batch": batch}
-    return validate_recipe(SETTINGS | run, "benchmarks/bccd.py")
+    settings = SETTINGS | STEPS.get(family, {})
+    return validate_recipe(settings | run, "benchmarks/bccd.py")
 
 
 def table_row(detector: str, score: RunScore) -> list[str]:
