@@ -40,7 +40,7 @@ class PFI(Method):
             of the sum of their squares, divided by the number of positions, then the mean over
             the images; "sq" the mean of their squares.
         adapter: one trained 1x1 convolution for all levels, "auto" where the widths differ or
-            "always": the implementations disagree.
+            "always"; of the implementations some have one.
         detach_prediction: weigh the features only; otherwise the predictions learn, too.
     """
 

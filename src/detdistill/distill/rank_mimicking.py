@@ -43,7 +43,7 @@ class RM(Method):
         normalizer: the mean over the objects of the "batch", or over those of each "image", then
             over the images, where an image without any counts as 0.
         count: which objects the mean is over: the "ranked", which have at least two candidates, or
-            "all", as in the implementations (with the normalizer "image").
+            "all", as in the implementation known to us, which has the normalizer "image".
         temperature: divides the scores; the loss is multiplied by its square.
     """
 
