@@ -72,6 +72,7 @@ class Recipe(BaseModel):
     test_images: str | None = None
     test_annotations: str | None = None
     strict: bool = False
+    drop_empty: bool = False  # training images without a box to learn
     resize_short: list[Pixels] = Field([320], min_length=1)  # one size, a range or choices
     resize_long: Pixels = 544
     resize_mode: Literal["range", "choice"] = "choice"

@@ -117,6 +117,19 @@ def test_every_image_once_an_epoch_and_constant_sizes(data):
     assert [[i for _, i in part] for part in orders[0]] != [[i for _, i in p] for p in orders[1]]
 
 
+def test_images_without_a_box_to_learn_are_left_out_of_training_alone(data):
+    whole, _ = train_set(data)
+    dataset, recipe = train_set(data, drop_empty=True)
+    assert [record.image_id for record in whole.records] == list(range(100, 111))
+    assert [record.image_id for record in dataset.records] == list(range(102, 111))
+    assert len(dataset.stated_xywh) == 9  # the crowd's box has gone with its image
+    batches = make_train_batches(dataset, recipe)
+    assert len(batches) == 3
+    seen = {image for batch in take(batches, 0, 3) for image in batch.image_ids}
+    assert seen == set(range(102, 111))
+    assert len(open_dataset(recipe, "val")) == 11
+
+
 def test_the_seed_changes_order_and_pixels(data):
     one, other = (take(make_train_batches(*train_set(data, seed=seed)), 0, 1) for seed in (0, 1))
     assert not same(one[0], other[0])

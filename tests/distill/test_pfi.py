@@ -141,6 +141,15 @@ def test_unequal_widths_meet_in_one_adapter_for_all_levels():
     assert not list(equal.methods["pfi"].parameters())
 
 
+def test_equal_widths_may_have_the_adapter_too():
+    distiller, loss = distil(narrow(), narrow(seed=1), adapter="always")
+    loss.backward()
+    width = distiller.student.pyramid_channels
+    adapters = list(distiller.methods["pfi"].parameters())
+    assert [tuple(p.shape) for p in adapters] == [(width, width, 1, 1), (width,)]
+    assert adapters[0].grad.any()
+
+
 @pytest.mark.parametrize("counts", [(3, 0), (0, 0)])
 @pytest.mark.parametrize("num_classes", [1, 3])
 def test_needs_no_boxes(counts, num_classes):
@@ -161,7 +170,7 @@ def test_refusals():
         Distiller(narrow(), narrow(num_classes=5), {"pfi": PFI()})
     with pytest.raises(UserError, match="needs a teacher"):
         Distiller(narrow(), None, {"pfi": PFI()})
-    for option in ("score", "norm"):
+    for option in ("score", "norm", "adapter"):
         with pytest.raises(UserError, match=f"pfi: {option} is 'none'; expected '"):
             PFI(**{option: "none"})
         with pytest.raises(UserError, match=f"method 'pfi', option {option}"):

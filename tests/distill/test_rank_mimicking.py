@@ -8,6 +8,7 @@ import torch
 
 from detdistill import RM, Distiller, UserError, create_method
 from detdistill.distill.rank_mimicking import rank_divergence
+from detdistill.structures import IGNORE
 from tests.distill import handmade
 from tests.helpers import make_batch, narrow
 
@@ -55,6 +56,22 @@ def test_the_mean_over_objects_with_candidates_to_rank(anchors):
 def test_the_mean_over_images_of_their_objects():
     found = rank(maps(STUDENT), maps(TEACHER), score="logit", normalizer="image")
     wanted = (0.143841 + (0.130812 + 0.549306) / 2) / 2
+    assert found.item() == pytest.approx(wanted, abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("normalizer", "wanted"),
+    [
+        # Three of five objects have ranks; the padded slot of image 0 is no object.
+        ("batch", (0.143841 + 0.130812 + 0.549306) / 5),
+        # Image 0: one of two objects; image 1: two of three, the third has no candidate.
+        ("image", (0.143841 / 2 + (0.130812 + 0.549306) / 3) / 2),
+    ],
+)
+def test_all_objects_may_count(normalizer, wanted):
+    labels = [[*LABELS[0], IGNORE], [*LABELS[1], 0]]
+    options = {"score": "logit", "normalizer": normalizer, "count": "all"}
+    found = rank(maps(STUDENT), maps(TEACHER), labels=labels, **options)
     assert found.item() == pytest.approx(wanted, abs=1e-5)
 
 
@@ -170,9 +187,10 @@ def test_a_student_equal_to_its_teacher_has_nothing_to_learn(name):
 
 @pytest.mark.parametrize("name", R18)
 @pytest.mark.parametrize("normalizer", ["batch", "image"])
-def test_a_batch_without_boxes_is_exactly_zero(name, normalizer):
-    student = narrow(name, 1)
-    _, loss = distil(student, narrow(name, 1, seed=1), make_batch((0, 0)), normalizer=normalizer)
+@pytest.mark.parametrize("count", ["ranked", "all"])
+def test_a_batch_without_boxes_is_exactly_zero(name, normalizer, count):
+    student, options = narrow(name, 1), {"normalizer": normalizer, "count": count}
+    _, loss = distil(student, narrow(name, 1, seed=1), make_batch((0, 0)), **options)
     loss.backward()
     assert loss.item() == 0
     for part in (student.fpn, student.towers["cls"], student.logits):
@@ -209,7 +227,7 @@ def test_refusals():
         Distiller(narrow(), narrow(num_classes=5), {"rm": RM()})
     with pytest.raises(UserError, match="needs a teacher"):
         Distiller(narrow(), None, {"rm": RM()})
-    for option in ("score", "align", "candidates", "normalizer"):
+    for option in ("score", "align", "candidates", "normalizer", "count"):
         with pytest.raises(UserError, match=f"rm: {option} is 'none'; expected '"):
             RM(**{option: "none"})
         with pytest.raises(UserError, match=f"method 'rm', option {option}"):

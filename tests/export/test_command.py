@@ -9,9 +9,10 @@ import pytest
 import torch
 from PIL import Image
 
-from detdistill import PKD, CrossKD, Distiller, save_detector
+from detdistill import HEAD, PKD, CrossKD, Distiller, save_detector
 from detdistill.data import read_image
 from detdistill.data.synthetic import draw_scene
+from detdistill.distill import Method
 from detdistill.export import checks
 from tests.cli.conftest import Run
 from tests.export.conftest import Export, lively
@@ -19,11 +20,16 @@ from tests.helpers import make_batch, narrow
 from tests.test_docs import ROOT, blocks
 
 
-def distilled_run(folder: Path) -> None:
-    """A GFL after one step beside a wider teacher, with the adapters that this takes."""
+def distilled_run(folder: Path, kind: str) -> None:
+    """A GFL after one step beside a wider teacher, with the adapters or the assistant it takes."""
     student, batch = lively("gfl_r18").train(), make_batch(size=(128, 128))
-    teacher = narrow("gfl_r18", tower_channels=24, fpn_channels=24, tower_depth=1)
-    distiller = Distiller(student, teacher, {"crosskd": CrossKD(depth=1), "pkd": PKD()})
+    methods: dict[str, Method]
+    if kind == "head":
+        teacher, methods = narrow("faster_rcnn_r18", fpn_channels=24), {"head": HEAD()}
+    else:
+        teacher = narrow("gfl_r18", tower_channels=24, fpn_channels=24, tower_depth=1)
+        methods = {"crosskd": CrossKD(depth=1), "pkd": PKD()}
+    distiller = Distiller(student, teacher, methods)
     assert len(list(distiller.parameters())) > len(list(student.parameters()))
     optimizer = torch.optim.SGD(distiller.parameters(), lr=1e-4)
     sum(distiller(batch).values()).backward()
@@ -32,15 +38,17 @@ def distilled_run(folder: Path) -> None:
     save_detector(student, folder / "model.safetensors")
 
 
-def content(path: Path) -> tuple[dict[str, list[int]], list[str]]:
-    """Names and shapes of the constants, and the operations."""
+def content(path: Path) -> tuple[dict[str, list[int]], list[str], list[str]]:
+    """Names and shapes of the constants, the operations, the names of inputs and outputs."""
     graph = onnx.load(path).graph
     constants = {constant.name: list(constant.dims) for constant in graph.initializer}
-    return constants, [node.op_type for node in graph.node]
+    interface = [value.name for value in (*graph.input, *graph.output)]
+    return constants, [node.op_type for node in graph.node], interface
 
 
-def test_a_distilled_student_leaves_alone(run: Run, exported: Export) -> None:
-    distilled_run(Path("run"))
+@pytest.mark.parametrize("kind", ["crosskd+pkd", "head"])
+def test_a_distilled_student_leaves_alone(kind: str, run: Run, exported: Export) -> None:
+    distilled_run(Path("run"), kind)
     code, out, err = run("export", "--weights", "run", "--out", "new/student.onnx")
     assert code == 0, err
     assert err == ""
@@ -55,9 +63,9 @@ def test_a_distilled_student_leaves_alone(run: Run, exported: Export) -> None:
     assert parity.startswith("ONNX Runtime and PyTorch differ by at most ")
     assert "--size 96 64" in portrait and following.startswith("Next: ")
     assert [path.name for path in Path("new").iterdir()] == ["student.onnx"]
-    constants, operations = content(Path("new/student.onnx"))
+    found = constants, operations, _ = content(Path("new/student.onnx"))
     assert len(constants) > 30 and operations.count("Conv") > 30
-    assert (constants, operations) == content(exported("gfl_r18")[1].path)
+    assert found == content(exported("gfl_r18")[1].path)
 
 
 @pytest.mark.parametrize(

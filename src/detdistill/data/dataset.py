@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from detdistill.data.images import read_image
@@ -77,6 +78,15 @@ class DetectionDataset:
     def __len__(self) -> int:
         """The number of images."""
         return len(self.records)
+
+    def subset(self, images: Sequence[int]) -> DetectionDataset:
+        """These images alone, by their place, with all that belongs to them; all faults stay."""
+        stated = torch.split(self.stated_xywh, [len(record.labels) for record in self.records])
+        return replace(
+            self,
+            records=[self.records[index] for index in images],
+            stated_xywh=torch.cat([stated[index] for index in images]),
+        )
 
     def read(self, index: int) -> Tensor:
         """(3, h, w) uint8 RGB of one image, in the frame of its boxes."""

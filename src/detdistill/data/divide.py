@@ -8,8 +8,6 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-import torch
-
 from detdistill.data.dataset import DetectionDataset
 from detdistill.errors import UserError
 
@@ -110,12 +108,5 @@ def _stratified(units: Sequence[_Unit], shares: Mapping[str, float]) -> list[tup
 def _part(
     dataset: DetectionDataset, name: str, images: list[int], *, keep_faults: bool
 ) -> DetectionDataset:
-    counts = [len(record.labels) for record in dataset.records]
-    boxes = torch.split(dataset.stated_xywh, counts)
-    return replace(
-        dataset,
-        records=[dataset.records[i] for i in images],
-        split=name,
-        faults=dataset.faults if keep_faults else [],
-        stated_xywh=torch.cat([boxes[i] for i in images]),
-    )
+    faults = dataset.faults if keep_faults else []
+    return replace(dataset.subset(images), split=name, faults=faults)

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
-
-import torch
 
 from detdistill.boxes import keep_ratio_size
 from detdistill.data import transforms
@@ -23,14 +20,7 @@ def spread(count: int, most: int | None) -> list[int]:
 
 def spread_subset(dataset: DetectionDataset, most: int) -> DetectionDataset:
     """A split of at most so many of its images, evenly spread, with all that belongs to them."""
-    kept = spread(len(dataset), most)
-    counts = [len(record.labels) for record in dataset.records]
-    stated = torch.split(dataset.stated_xywh, counts)
-    return replace(
-        dataset,
-        records=[dataset.records[index] for index in kept],
-        stated_xywh=torch.cat([stated[index] for index in kept]),
-    )
+    return dataset.subset(spread(len(dataset), most))
 
 
 class EvalBatches:

@@ -22,16 +22,20 @@ def open_dataset(recipe: Recipe, split: Split) -> DetectionDataset:
 
     Every image file is looked at, so that a missing or broken one stops the run before it starts:
     of JPEG and PNG the header and the end (about 0.1 ms an image), other formats are decoded.
+    With `drop_empty` the train split holds only images with a box to learn; the others are whole.
     """
     dataset = find_split(recipe, split)()
     if recipe.strict and dataset.faults:
         raise UserError(f"{dataset.fault_summary()}; correct the file, or run without --strict")
-    if split == "train" and not any((~record.crowd).any() for record in dataset.records):
+    if split != "train":
+        return dataset
+    learnable = [i for i, record in enumerate(dataset.records) if (~record.crowd).any()]
+    if not learnable:
         raise UserError(
             f"{dataset.source}: no training image has a usable box; there is nothing to learn from"
             + (f" ({dataset.fault_summary()})" if dataset.faults else "")
         )
-    return dataset
+    return dataset.subset(learnable) if recipe.drop_empty else dataset
 
 
 def find_split(recipe: Recipe, split: Split) -> SplitReader:

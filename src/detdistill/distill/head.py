@@ -5,8 +5,9 @@ head of the teacher's kind on the student's pyramid, stands between: it learns f
 and from the teacher's features (AKD), and the student's own head from the teacher's too (CKD). All
 gradients reach the student; the assistant is dropped after training.
 
-Settings are those of the released code, and of its authors' experiments where nothing is released;
-what neither settles is said to be reconstructed.
+Settings are those of the released code for RetinaNet with a Faster R-CNN teacher. For other pairs
+nothing is released; their settings are those of the authors' development configurations, and
+whether these made the published rows is unknown. What neither settles is said to be reconstructed.
 """
 
 from __future__ import annotations
@@ -60,7 +61,7 @@ class Settings:
     def completed(
         self, *, ckd: bool, akd_weight: float, ckd_weight: float, assistant_warmup: bool
     ) -> Settings:
-        """The same with published values where none were given."""
+        """The same with the authors' values where none were given."""
         return replace(
             self,
             ckd=ckd if self.ckd is None else self.ckd,
@@ -74,7 +75,7 @@ class Settings:
 
 @METHODS.register("head")
 class HEAD(AssistedMethod):
-    """Distillation between heads of different kinds; without arguments as published for the pair.
+    """Distillation between heads of different kinds; the settings of a pair are its authors'.
 
     Terms: `head/assistant_...`, the assistant's own losses; `head/akd_...`, the mean squared
     difference between its features, after an adapter, and the teacher's; `head/ckd...`, the same
@@ -86,11 +87,13 @@ class HEAD(AssistedMethod):
       box came from, towards the second shared layer.
     - A dense teacher, e.g. RepPoints. The assistant is a copy of its dense head. `akd_tower_cls`,
       `akd_tower_box` and, for RepPoints, `akd_init`, `akd_cls`, `akd_refine`: maps, on every level.
-      `ckd_cls`, `ckd_box` (off, as in the published experiment; reconstructed): the middle of the
-      student's towers towards the end of the teacher's.
+      `ckd_cls`, `ckd_box` (reconstructed): the middle of the student's towers towards the end of
+      the teacher's. Off, as in the authors' development configuration for FCOS; on in one for
+      MobileNetV2; which of them a published row used is unknown.
     - A two-stage student with a two-stage teacher of another family, e.g. Cascade R-CNN. As the
-      first, on the student's sampled boxes; `akd_1_1` to `akd_3_2` for three stages. `ckd` (off, as
-      published): the student's second shared layer towards that of the teacher's first stage.
+      first, on the student's sampled boxes; `akd_1_1` to `akd_3_2` for three stages. `ckd`: the
+      student's second shared layer towards that of the teacher's first stage. Off, as in the
+      authors' development configuration; whether the published row used it is unknown.
 
     AKD and CKD warm up over 2000 steps (`warmup`). For a pair of one family HEAD is the imitation
     of the pyramid: the method `feature`.
@@ -102,7 +105,7 @@ class HEAD(AssistedMethod):
         akd_weight: factor of each AKD term.
         ckd_weight: factor of each CKD term.
         ckd_projector: "single" as released, or "per_anchor", a projection for each anchor of a
-            cell, as in the paper's own experiments.
+            cell, as in the development configurations.
         assistant_warmup: the assistant's own losses warm up too.
         proposals: of the student, per image, of which at most 512 are drawn.
     """
@@ -118,7 +121,7 @@ class HEAD(AssistedMethod):
         assistant_warmup: bool | None = None,
         proposals: AtLeastOne = 1000,
     ) -> None:
-        """None means the published value for the pair."""
+        """None means the authors' value for the pair."""
         super().__init__()
         check_choice("head: ckd_projector", ckd_projector, PROJECTORS)
         self.needs_teacher = akd or ckd is not False
@@ -128,7 +131,7 @@ class HEAD(AssistedMethod):
         self.link: RoILink | DenseLink
 
     def prepare(self, student: FPNDetector, teacher: FPNDetector | None) -> None:
-        """Checks the pair, fills in the published settings, builds assistant and adapters."""
+        """Checks the pair, fills in the authors' settings, builds assistant and adapters."""
         for model in (student, teacher):
             require_own_head(model, "head")
         if teacher is not None:
@@ -314,7 +317,7 @@ class DenseLink(nn.Module):
                 f"dense teacher {teacher.name} needs none; use 'single'"
             )
         self.levels = match_levels(student.strides, teacher.strides, "head")
-        self.depth = student.tower_depth // 2  # published: the second of four
+        self.depth = student.tower_depth // 2  # the authors': the second of four
         widths = student.tower_channels_at(self.depth), teacher.tower_channels_at(self.end)
         for branch in ("cls", "box"):
             self.projectors[branch] = nn.Conv2d(*widths, 1)

@@ -19,6 +19,7 @@ from detdistill.distill.adapters import (
     channel_adapter,
     check_same_classes,
     match_levels,
+    projection,
     require_dense,
 )
 from detdistill.distill.method import METHODS, Method, Step
@@ -35,9 +36,11 @@ class PFI(Method):
     Args:
         weight: factor of `pfi/map`.
         score: predictions compared as scores after the sigmoid, or as logits.
-        norm: of the products over the positions: "l1" is their mean, "l2" the root of the sum of
-            their squares over the number of positions, the mean over the images, "sq" the mean of
-            their squares.
+        norm: of the products over the positions: "l1" is their mean; "l2" of each image the root
+            of the sum of their squares, divided by the number of positions, then the mean over
+            the images; "sq" the mean of their squares.
+        adapter: one trained 1x1 convolution for all levels, "auto" where the widths differ or
+            "always"; of the implementations some have one.
         detach_prediction: weigh the features only; otherwise the predictions learn, too.
     """
 
@@ -47,14 +50,17 @@ class PFI(Method):
         weight: float = 1.5,
         score: Literal["prob", "logit"] = "prob",
         norm: Literal["l1", "l2", "sq"] = "l1",
+        adapter: Literal["auto", "always"] = "auto",
         detach_prediction: bool = False,
     ) -> None:
         """The weight is that of two implementations, and so probably the paper's."""
         super().__init__()
         check_choice("pfi: score", score, ("prob", "logit"))
         check_choice("pfi: norm", norm, ("l1", "l2", "sq"))
+        check_choice("pfi: adapter", adapter, ("auto", "always"))
         self.weights = {"map": weight}
         self.score, self.norm, self.detach_prediction = score, norm, detach_prediction
+        self.make_adapter = projection if adapter == "always" else channel_adapter
 
     def prepare(self, student: FPNDetector, teacher: FPNDetector | None) -> None:
         """Checks the pair, matches levels by stride and builds one adapter for all of them."""
@@ -69,7 +75,7 @@ class PFI(Method):
                 f"{found}, or pkd, which compares features alone"
             )
         self.levels = match_levels(student.strides, teacher.strides, "pfi")
-        self.adapter = channel_adapter(student.pyramid_channels, teacher.pyramid_channels)
+        self.adapter = self.make_adapter(student.pyramid_channels, teacher.pyramid_channels)
 
     def forward(self, step: Step) -> dict[str, Tensor]:
         """Raw term `map`."""

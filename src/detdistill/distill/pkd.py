@@ -19,10 +19,11 @@ from detdistill.errors import UserError
 
 @METHODS.register("pkd")
 class PKD(Method):
-    """Pattern mimicking of the pyramid; without arguments as CrossKD's authors combine it.
+    """Pattern mimicking of the pyramid; without arguments with published weights.
 
-    Term: `pkd/feature`, summed over the levels. The original paper's setting is
-    `PKD(weight=10, levels=4)`.
+    Term: `pkd/feature`, summed over the levels. The weights are those with which CrossKD's authors
+    combine the two, for RepPoints PKD's own. The original paper's setting is `levels=4` with
+    `weight=10` for RetinaNet and FCOS teachers, 6 for Faster R-CNN and RepPoints.
 
     Args:
         weight: factor of `pkd/feature`; None takes the published one of the teacher's family.
@@ -32,7 +33,7 @@ class PKD(Method):
     teacher_stage = "pyramid"
 
     def __init__(self, *, weight: float | None = None, levels: int | None = None) -> None:
-        """None means CrossKD's published value."""
+        """None means the published value."""
         super().__init__()
         if levels is not None and levels < 1:
             raise UserError(f"pkd with levels={levels} distils nothing; choose at least 1")

@@ -45,9 +45,16 @@ LIKE = {
     "points": "retinanet",
 }
 
-# PKD as CrossKD's authors combine the two.
-PKD_WEIGHTS = {"retinanet": 2.0, "fcos": 2.0, "atss": 1.0, "gfl": 6.0}
-OTHER_PKD_WEIGHT = 2.0  # our choice for families without a published value: the commonest
+# PKD as CrossKD's authors combine the two; RepPoints, with which they do not, as PKD's own authors.
+PKD_WEIGHTS = {
+    "retinanet": 2.0,
+    "fcos": 2.0,
+    "atss": 1.0,
+    "gfl": 6.0,
+    "faster_rcnn": 6.0,
+    "reppoints": 6.0,
+}
+OTHER_PKD_WEIGHT = 2.0  # our choice for families without a published value, as for most dense ones
 
 
 def published_for(teacher: DenseDetector) -> Published:

@@ -31,8 +31,8 @@ PADDED = torch.finfo(torch.float32).min
 class RM(Method):
     """KL(teacher || student) between the distributions over each object's candidate anchors.
 
-    Term: `rm/rank`, the mean over objects with at least two candidates. The score of a candidate
-    is that of its object's class, without any quality branch.
+    Term: `rm/rank`, the mean over the objects. The score of a candidate is that of its object's
+    class, without any quality branch. An object with fewer than two candidates has no rank: 0.
 
     Args:
         weight: factor of `rm/rank`.
@@ -42,6 +42,8 @@ class RM(Method):
         candidates: whose assignment says which anchors are an object's candidates.
         normalizer: the mean over the objects of the "batch", or over those of each "image", then
             over the images, where an image without any counts as 0.
+        count: which objects the mean is over: the "ranked", which have at least two candidates, or
+            "all", as in the implementation known to us, which has the normalizer "image".
         temperature: divides the scores; the loss is multiplied by its square.
     """
 
@@ -53,6 +55,7 @@ class RM(Method):
         align: Literal["anchor", "sorted"] = "anchor",
         candidates: Literal["teacher", "student"] = "teacher",
         normalizer: Literal["batch", "image"] = "batch",
+        count: Literal["ranked", "all"] = "ranked",
         temperature: Annotated[float, Gt(0)] = 1.0,
     ) -> None:
         """The weight is that of the implementations; the paper's is unknown."""
@@ -61,9 +64,11 @@ class RM(Method):
         check_choice("rm: align", align, ("anchor", "sorted"))
         check_choice("rm: candidates", candidates, ("teacher", "student"))
         check_choice("rm: normalizer", normalizer, ("batch", "image"))
+        check_choice("rm: count", count, ("ranked", "all"))
         self.weights = {"rank": weight}
         self.score, self.sort, self.temperature = score, align == "sorted", temperature
         self.candidates, self.per_image = candidates, normalizer == "image"
+        self.count_all = count == "all"
 
     def prepare(self, student: FPNDetector, teacher: FPNDetector | None) -> None:
         """Checks the pair."""
@@ -89,8 +94,9 @@ class RM(Method):
         tables = (candidate_table(scores, owner, counts) for scores in (found, wanted))
         divergence = rank_divergence(*tables, sort=self.sort).reshape(images, slots)
         divergence = divergence * self.temperature**2
-        # An object with one candidate has nothing to rank: its divergence is 0 and not counted.
-        counted = counts.reshape(images, slots) > 1
+        # An object with one candidate has nothing to rank: its divergence is 0.
+        ranked = counts.reshape(images, slots) > 1
+        counted = step.targets.present if self.count_all else ranked
         if self.per_image:
             return {"rank": (divergence.sum(1) / counted.sum(1).clamp(min=1)).mean()}
         model = step.teacher_model if of_teacher else step.student_model

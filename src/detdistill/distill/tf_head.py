@@ -3,6 +3,9 @@
 Heads of other kinds learn beside the student's own, on its pyramid and from the ground truth alone;
 the student's head learns from their features as they come to be. All gradients of the assistants'
 own losses reach the student's pyramid; the distillation reaches the student alone.
+
+Only results are published. The settings for RetinaNet and FCOS students are those of the authors'
+development configurations.
 """
 
 from __future__ import annotations
@@ -39,7 +42,7 @@ from detdistill.registry import AtLeastOne, Width, check_choice
 Kind = Literal["fcos", "retinanet", "rcnn"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 LOSS_WEIGHT = {"fcos": 0.5, "retinanet": 1.0, "rcnn": 1.0}
-"""Of each of an assistant's own losses: published for FCOS and R-CNN, RetinaNet's is ours."""
+"""Of each of an assistant's own losses: the authors' for FCOS and R-CNN, RetinaNet's is ours."""
 
 
 @METHODS.register("tf_head")
@@ -48,22 +51,24 @@ class TFHEAD(AssistedMethod):
 
     Terms: `tf_head/fcos_...`, `tf_head/retinanet_...`, `tf_head/rcnn_...`, the assistants' own
     losses; `tf_head/ckd_fcos`, `tf_head/ckd_retinanet`, the mean squared difference between the
-    student's class tower and the assistant's (detached) on every level, `tf_head/ckd_rcnn` that
-    between the student's class tower where each box came from and the second shared layer.
+    student's class tower and the assistant's (detached) on every level of a stride that both have;
+    `tf_head/ckd_rcnn` that between the student's class tower where each box came from and the
+    second shared layer.
 
-    Without arguments as published: FCOS and R-CNN assistants for RetinaNet; RetinaNet and R-CNN for
-    FCOS (the mirror image); for a two-stage student, of which only results are published, RetinaNet
-    and FCOS assistants that teach the RPN's shared layer, which is ours. All terms warm up over
-    2000 steps (`warmup`). The published early stop of CKD is `stop`: the first step at the lower
-    rate, e.g. 58640 for COCO at batch 16; assistants go on learning.
+    Without arguments FCOS and R-CNN assistants for RetinaNet; RetinaNet and R-CNN for FCOS (the
+    mirror image); for a two-stage student, of which no configuration is known, RetinaNet and FCOS
+    assistants that teach the RPN's shared layer, which is ours, as is the FCOS assistant's
+    GroupNorm. All terms warm up over 2000 steps (`warmup`). The published early stop of CKD is
+    `stop`: the first step at the lower rate, e.g. 58640 for COCO's images with boxes at batch 16;
+    assistants go on learning.
 
     Args:
         assistants: kinds, other than the student's own.
         ckd: distil into the student's head; False leaves assistants that only learn beside it.
         dense_weight: factor of `ckd_fcos` and `ckd_retinanet`.
         rcnn_weight: factor of `ckd_rcnn`.
-        ckd_projector: "per_anchor" as published, a projection for each anchor of a cell, or
-            "single".
+        ckd_projector: "per_anchor" as in the development configurations, a projection for each
+            anchor of a cell, or "single".
         assistant_warmup: the assistants' own losses warm up too.
         proposals: of the student, per image, of which at most `roi_samples` are drawn.
         roi_channels: width of the R-CNN assistant's shared layers.
@@ -86,7 +91,7 @@ class TFHEAD(AssistedMethod):
         roi_channels: Width = 1024,
         roi_samples: Samples = 512,
     ) -> None:
-        """None means the published assistants for the student."""
+        """None means the assistants above."""
         super().__init__()
         check_choice("tf_head: ckd_projector", ckd_projector, PROJECTORS)
         for kind in assistants or ():
@@ -123,7 +128,7 @@ class TFHEAD(AssistedMethod):
         own = ("rcnn",) if isinstance(student, TwoStageDetector) else (student.family,)  # type: ignore[assignment]
         fitting = [kind for kind in KINDS if kind not in own]
         if self.wanted is None:
-            # Two, as published; where all three would do, those of an anchor-based student.
+            # Two, as the authors have; where all three would do, those of an anchor-based student.
             return fitting if len(fitting) == 2 else ("fcos", "rcnn")
         unfit = [kind for kind in self.wanted if kind not in fitting]
         if unfit:
