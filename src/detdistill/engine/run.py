@@ -12,7 +12,7 @@ from lightning_fabric import Fabric
 
 from detdistill import __version__
 from detdistill.data import TrainBatches
-from detdistill.detectors import save_detector
+from detdistill.detectors import FPNDetector, save_detector
 from detdistill.distill import Distiller, Method
 from detdistill.engine.build import Parts
 from detdistill.engine.checkpoint import (
@@ -27,6 +27,7 @@ from detdistill.engine.checkpoint import (
 from detdistill.engine.log import MetricsFile, RunDisplay, TermWindow
 from detdistill.engine.optim import make_optimizer, run_length
 from detdistill.errors import UserError
+from detdistill.evaluation.coco import CocoMetrics
 from detdistill.evaluation.run import evaluate_dataset, knows_classes
 from detdistill.recipe import Recipe
 
@@ -122,7 +123,7 @@ class Run:
         if not knows_classes(teacher, self.parts.val):  # features alone may be of use
             self.display.say(f"teacher {teacher.name} has other classes; its AP is not measured")
             return
-        metrics = evaluate_dataset(teacher, self.parts.val, self.recipe, self.fabric.device)
+        metrics = self._measure(teacher, "val images by the teacher")
         self.teacher_ap = metrics.numbers["AP"]
         self._write("teacher", split="val", metrics=metrics.numbers)
         self.display.say(f"teacher {teacher.name}, val AP {100 * self.teacher_ap:.1f}")
@@ -164,7 +165,7 @@ class Run:
         recipe, end = self.recipe, self.step == self.total_steps
         if self.step % recipe.log_every == 0 or end:
             raw, weighted = self.window.take()
-            self.display.step(self.step, weighted, images_per_second)
+            self.display.step(self.step, raw, weighted, images_per_second)
             self._write(
                 "step",
                 lr=rate,
@@ -189,8 +190,7 @@ class Run:
     def _evaluate(self) -> None:
         """AP on val by the first process; the best student so far is kept."""
         if self.speaks:
-            student = self.distiller.student
-            metrics = evaluate_dataset(student, self.parts.val, self.recipe, self.fabric.device)
+            metrics = self._measure(self.distiller.student, "val images")
             numbers = metrics.numbers
             self._write(
                 "eval",
@@ -207,6 +207,11 @@ class Run:
                 self._save_student("best", ap)
         self.fabric.barrier()
         self.module.train()
+
+    def _measure(self, detector: FPNDetector, what: str) -> CocoMetrics:
+        val = self.parts.val
+        with self.display.counting(what, len(val)) as advance:
+            return evaluate_dataset(detector, val, self.recipe, self.fabric.device, advance)
 
     def _save_student(self, stem: str, ap: float) -> None:
         recipe = self.recipe
