@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import warnings
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from detdistill import Distiller, UserError, load_detector
 from detdistill.engine import checkpoint
 from detdistill.engine.optim import learning_rate
 from detdistill.engine.train import train
+from detdistill.errors import UserNotice
 
 
 def lines(out, kind):
@@ -302,6 +304,48 @@ def test_the_loss_after_the_last_step_leaves_no_trace(recipe, tmp_path, monkeypa
     monkeypatch.setattr(engine, "_prove", lambda run, batch: run.keep_checkpoint())
     train(recipe(max_steps=2), tmp_path / "unseen")
     assert_same_weights(tmp_path / "seen", tmp_path / "unseen")
+
+
+def damage(file):
+    """Spoils the middle of a PNG, as a bad disk does; header and end are whole."""
+    content = file.read_bytes()
+    middle = len(content) // 2
+    file.write_bytes(content[:middle] + bytes(40) + content[middle + 40 :])
+
+
+def test_a_broken_val_image_is_found_before_training(recipe, data, tmp_path, monkeypatch):
+    folder, out = shutil.copytree(data, tmp_path / "mine"), tmp_path / "run"
+    file = max((folder / "images").glob("val_*"))
+    whole = file.read_bytes()
+    damage(file)
+    settings = recipe(data=str(folder), max_steps=1)
+    with pytest.raises(UserError, match=rf"{file.name}: the image is damaged"):
+        train(settings, out)
+    assert not out.exists()
+    file.write_bytes(whole)
+    train(settings, out)
+    monkeypatch.setattr("detdistill.engine.run.look_ahead", lambda *_: pytest.fail("looked again"))
+    train(settings, tmp_path / "one_of_a_study", resume=True)
+
+
+@pytest.mark.parametrize(
+    ("values", "told"),
+    [
+        (
+            {"warmup_steps": 6},
+            "warmup_steps 6 in a run of 6: .* never reached; --set warmup_steps=1",
+        ),
+        (
+            {"schedule": "step", "milestones": [2, 3]},
+            r"milestones \[2, 3\].* never lowered there; --set milestones=\[1\]",
+        ),
+    ],
+)
+def test_a_schedule_that_cannot_be_followed_is_told(recipe, tmp_path, values, told):
+    with pytest.warns(UserNotice, match=told):
+        train(recipe(**values), tmp_path / "run")
+    with warnings.catch_warnings(action="error", category=UserNotice):  # a trial
+        train(recipe(**values, max_steps=1), tmp_path / "trial")
 
 
 def test_faults_are_listed_in_full(recipe, tmp_path, data):

@@ -14,6 +14,7 @@ from detdistill import __version__
 from detdistill.data import TrainBatches
 from detdistill.detectors import FPNDetector, save_detector
 from detdistill.distill import Distiller, Method
+from detdistill.engine.ahead import look_ahead
 from detdistill.engine.build import Parts
 from detdistill.engine.checkpoint import (
     drop_next_checkpoint,
@@ -103,6 +104,11 @@ class Run:
         self.window = TermWindow(out)
         title = "/".join(out.parts[-2:])
         self.display = RunDisplay(title, self.total_steps, self.step, quiet=not self.speaks)
+
+    def look_ahead(self, resume: bool) -> None:
+        """Before anything is written, unless the run goes on, or is one of a study that did it."""
+        if self.speaks and not resume:
+            look_ahead(self.recipe, self.steps_per_epoch, self.total_steps, [self.parts.val])
 
     def open(self) -> None:
         """From here on the run writes into its folder and shows how far it is."""
