@@ -129,6 +129,42 @@ def test_a_resumed_run_ends_with_the_same_bits(
         assert [[r[k] for k in keys] for r in one] == [[r[k] for k in keys] for r in two]
 
 
+TWO_STAGE = {
+    "student": "faster_rcnn_r18",
+    "student_options": {"base_channels": 8, "fpn_channels": 16, "roi_channels": 32},
+}
+
+
+def test_a_resumed_two_stage_run_draws_the_same_proposals(recipe, tmp_path, monkeypatch):
+    train(recipe(**TWO_STAGE), tmp_path / "whole")
+    drawn = torch.rand(3)
+    settings = stopped_after_two(recipe, tmp_path / "resumed", monkeypatch, **TWO_STAGE)
+    train(settings, tmp_path / "resumed", resume=True)
+    assert torch.equal(torch.rand(3), drawn)  # a draw more or less would show here
+    assert_same_weights(tmp_path / "whole", tmp_path / "resumed")
+
+
+def test_a_checkpoint_with_one_random_state_still_resumes(recipe, tmp_path, monkeypatch):
+    train(recipe(max_steps=4), tmp_path / "whole")
+    out = tmp_path / "resumed"
+    settings = stopped_after_two(recipe, out, monkeypatch, max_steps=4)
+    state = torch.load(out / "last.ckpt", weights_only=True)
+    [state["random"]] = [of_process["cpu"] for of_process in state["random"]]
+    torch.save(state, out / "last.ckpt")
+    train(settings, out, resume=True)
+    assert_same_weights(tmp_path / "whole", out)
+
+
+def test_processes_that_would_go_on_from_different_steps(recipe, tmp_path, monkeypatch):
+    out = tmp_path / "run"
+    settings = stopped_after_two(recipe, out, monkeypatch)
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    monkeypatch.setattr("detdistill.engine.run.gathered", lambda step: [step, 0])
+    with pytest.raises(UserError, match=r"different steps, \[2, 0\]; .* share the folder"):
+        train(settings, out, resume=True)
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+
+
 def test_a_finished_run_returns_at_once(recipe, tmp_path, monkeypatch):
     first = train(recipe(max_steps=2), tmp_path / "run")
     monkeypatch.setattr(engine, "_loop", lambda run: pytest.fail("trained again"))

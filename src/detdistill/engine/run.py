@@ -25,6 +25,7 @@ from detdistill.engine.checkpoint import (
     write_next_checkpoint,
     write_text,
 )
+from detdistill.engine.distributed import gathered, random_states, restore_random_state
 from detdistill.engine.log import MetricsFile, RunDisplay, TermWindow
 from detdistill.engine.optim import make_optimizer, run_length
 from detdistill.errors import UserError
@@ -100,6 +101,7 @@ class Run:
                 raise  # the checkpoint is as good as before
             except (KeyError, TypeError, ValueError, RuntimeError) as error:
                 raise unusable_checkpoint(self._checkpoint, type(error).__name__) from None
+        self._refuse_unequal_steps()
         self.metrics: MetricsFile | None = None
         self.window = TermWindow(out)
         title = "/".join(out.parts[-2:])
@@ -248,7 +250,7 @@ class Run:
             "distiller": self.distiller.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "precision": self.fabric.strategy.precision.state_dict(),
-            "random": torch.get_rng_state(),
+            "random": random_states(self.fabric.device),
             "inputs": self.parts.inputs,
         }
         if self.speaks:
@@ -284,8 +286,17 @@ class Run:
         self.distiller.load_state_dict(state["distiller"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.fabric.strategy.precision.load_state_dict(state["precision"])
-        if self.fabric.is_global_zero:
-            torch.set_rng_state(state["random"])
+        rank, device = self.fabric.global_rank, self.fabric.device
+        restore_random_state(state["random"], rank, device)
+
+    def _refuse_unequal_steps(self) -> None:
+        """Machines that do not share the folder would not find the same checkpoint in it."""
+        steps = gathered(self.step)
+        if len(set(steps)) > 1:
+            raise UserError(
+                f"{self.out}: the processes would go on from different steps, {steps}; all "
+                f"machines need the same last.ckpt: share the folder, or copy the file to each"
+            )
 
     def _write_status(self, done: bool) -> None:
         status = {"done": done, "steps": self.step, "seconds": self.seconds}
