@@ -114,9 +114,10 @@ class _RunBar(Progress):
     def get_renderables(self) -> Iterable[RenderableType]:
         """Each term stays on one line."""
         yield from super().get_renderables()
-        whole = " ".join(term.replace(" ", "\u00a0") for term in self.terms)
-        lines = textwrap.fill(whole, max(1, self.console.width - 1)) if whole else ""
-        yield Text(lines.replace("\u00a0", " "))
+        if self.terms:
+            whole = " ".join(term.replace(" ", "\u00a0") for term in self.terms)
+            lines = textwrap.fill(whole, max(1, self.console.width - 1))
+            yield Text(lines.replace("\u00a0", " "))
 
 
 class RunDisplay:

@@ -8,8 +8,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import timm
-from huggingface_hub import constants
-from huggingface_hub.utils import get_session
+from huggingface_hub import constants, get_session
 
 from detdistill.errors import UserError, UserNotice
 

@@ -55,19 +55,7 @@ def check_study(
             f"on one device each: leave one of the two at 1"
         )
     splits = _open_splits(recipe)
-    test = splits[-1]
-    classes = test.classes
-    model = None if teacher is None else _teacher(recipe, teacher, classes)
-    student = create_detector(recipe.student, len(classes), **recipe.student_options)
-    student.classes = list(classes)
-    for name in methods:
-        parts = recipe.methods_of(name).items()
-        Distiller(student, model, {part: create_method(part, **given) for part, given in parts})
-    if model is not None and not knows_classes(model, test):
-        raise UserError(
-            f"a study measures its teacher, too, and the classes of {teacher} are not those of "
-            f"{test.source}: choose a teacher of the same task"
-        )
+    _check_pairs(recipe, teacher, methods, splits[-1])
     if new:
         _look_ahead(recipe, *splits)
     inputs = {f"{split.split} data ({split.source})": fingerprint(split) for split in splits}
@@ -102,6 +90,23 @@ def _open_splits(recipe: Recipe) -> tuple[DetectionDataset, ...]:
     if not any((~record.crowd).any() for record in test.records):
         raise UserError(f"{test.source}: no test image has a usable box; nothing can be measured")
     return train, val, test
+
+
+def _check_pairs(
+    recipe: Recipe, teacher: str | None, methods: Sequence[str], test: DetectionDataset
+) -> None:
+    """Whether each method fits student and teacher, and the teacher the test split."""
+    model = None if teacher is None else _teacher(recipe, teacher, test.classes)
+    student = create_detector(recipe.student, len(test.classes), **recipe.student_options)
+    student.classes = list(test.classes)
+    for name in methods:
+        parts = recipe.methods_of(name).items()
+        Distiller(student, model, {part: create_method(part, **given) for part, given in parts})
+    if model is not None and not knows_classes(model, test):
+        raise UserError(
+            f"a study measures its teacher, too, and the classes of {teacher} are not those of "
+            f"{test.source}: choose a teacher of the same task"
+        )
 
 
 def _look_ahead(
