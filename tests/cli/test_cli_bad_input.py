@@ -116,6 +116,16 @@ def refused(run: Run, arguments: list[str], *fragments: str) -> str:
         ([*DOCTOR, "--set", "precision=fp16", "--set", "accelerator=cpu"], ["fp16"]),
         ([*DOCTOR, "--json", "my_coco/annotations/val.json"], ["--json", "already exists"]),
         ([*DOCTOR, "--json", "my_coco/annotations/val.json/a"], ["--json", "is a file"]),
+        (["train", "--outt", "run"], ["no such option: --outt", "see detdistill train --help"]),
+        (["eval", "--data", "my_coco"], ["missing option '--weights'", "detdistill eval --help"]),
+        (["eval", "--weights", "a", "--split", "tset"], ["'--split'", "'tset'", "'test'"]),
+        (["train", "--seed", "one"], ["'--seed'", "valid integer", "see detdistill train --help"]),
+        (["predict", "a.jpg", "--weights"], ["--weights", "see detdistill predict --help"]),
+        (["list", "things"], ["'things'", "'methods'", "see detdistill list --help"]),
+        (["list"], ["missing argument", "see detdistill list --help"]),
+        (["trian"], ["no such command 'trian'", "'train'", "; see detdistill --help"]),
+        (["data", "bultin"], ["'bultin'", "see detdistill data --help"]),
+        (["--quick"], ["no such option: --quick", "; see detdistill --help"]),
         (["list", "detectors", "gfl"], ["matches 'gfl'", "'*gfl*'"]),
         (["recipe", "copy", "dem"], ["'dem'", "'demo'"]),
         (["data", "builtin", "--out", "run", "--train", "0"], ["at least 1 image"]),
@@ -126,6 +136,13 @@ def refused(run: Run, arguments: list[str], *fragments: str) -> str:
 )
 def test_arguments(arguments: list[str], fragments: list[str], run: Run, my_coco: Path) -> None:
     refused(run, arguments, *fragments)
+
+
+@pytest.mark.parametrize("group", [[], ["data"]])
+def test_a_group_alone_shows_its_help(group: list[str], run: Run) -> None:
+    _, out, err = run(*group)
+    assert f"Usage: {' '.join(['detdistill', *group])}" in out + err
+    assert "Commands:" in out + err
 
 
 def edit(change: Callable[[dict], None]) -> Callable[[Path], None]:  # type: ignore[type-arg]

@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 
 from detdistill.data import images
-from detdistill.data.images import read_header, read_image
+from detdistill.data.images import check_image, read_header, read_image
 from detdistill.errors import UserError
 
 RAMP = np.arange(20 * 30, dtype=np.int64).reshape(20, 30) * 109 % 256
@@ -186,3 +186,19 @@ def test_a_file_that_may_not_be_read(tmp_path, monkeypatch):
     monkeypatch.setattr(Image, "open", denied)  # root may read everything
     with pytest.raises(UserError, match=r"a\.png: the image file may not be read"):
         read_image(tmp_path / "a.png")
+
+
+@pytest.mark.parametrize("suffix", ["png", "jpg", "webp", "bmp"])
+def test_check_image_takes_what_read_image_takes(tmp_path, suffix):
+    path = saved(tmp_path / f"a.{suffix}", Image.fromarray(rgb()))
+    check_image(path)
+    path.write_bytes(path.read_bytes()[:-40])
+    for read in (check_image, read_image):
+        with pytest.raises(UserError, match="the image is damaged or cut off"):
+            read(path)
+
+
+def test_check_image_refuses_float_pixels(tmp_path):
+    path = saved(tmp_path / "a.tiff", Image.fromarray(RAMP.astype(np.float32)))
+    with pytest.raises(UserError, match="float pixels"):
+        check_image(path)

@@ -5,6 +5,9 @@ import json
 import re
 import sys
 
+import pytest
+
+from detdistill import progress
 from detdistill.engine.log import MetricsFile, RunDisplay, TermWindow
 
 
@@ -26,18 +29,70 @@ class Terminal(io.StringIO):
         return True
 
 
-def test_times_stay_readable_on_a_narrow_terminal(monkeypatch):
-    for name, value in {"COLUMNS": "80", "TERM": "xterm", "NO_COLOR": "1"}.items():
+def on_a_terminal(monkeypatch, width):
+    for name, value in {"COLUMNS": str(width), "TERM": "xterm", "NO_COLOR": "1"}.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr("sys.stderr", Terminal())
+
+
+def shown():
+    """The lines of the last state of the bar, and those before."""
+    return re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", sys.stderr.getvalue()).splitlines()
+
+
+RAW = {"task/cls": 0.512, "task/box": 0.345, "task/dfl": 0.421, "crosskd/cls": 0.123}
+RAW |= {"crosskd/box": 0.034, "crosskd/quality": 0.2}
+WEIGHTS = {"task/box": 2, "task/dfl": 0.25, "crosskd/box": 4}
+TERMS = ["task/cls 0.512", "task/box 0.345 (0.690)", "task/dfl 0.421 (0.105)"]
+TERMS += ["crosskd/cls 0.123", "crosskd/box 0.034 (0.136)", "crosskd/quality 0.200"]
+
+
+@pytest.mark.parametrize("width", [80, 100])
+@pytest.mark.parametrize("count", [3, 6])
+def test_times_and_terms_are_whole_on_a_narrow_terminal(monkeypatch, width, count):
+    on_a_terminal(monkeypatch, width)
     display = RunDisplay("runs/distilled", 1600, 0, quiet=False)
     display.open()
-    terms = {f"crosskd/{name}": 0.5 for name in ("cls", "box", "quality", "other", "more")}
-    display.step(800, terms, 45.6)
+    raw = dict(list(RAW.items())[:count])
+    display.step(800, raw, {name: WEIGHTS.get(name, 1) * raw[name] for name in raw}, 45.6)
     display.close()
-    shown = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", sys.stderr.getvalue()).splitlines()
-    last = next(line for line in reversed(shown) if "800/1600" in line)
-    assert re.search(r"800/1600 +\d:\d\d:\d\d +(\d:\d\d:\d\d|-:--:--) +45\.6 img/s", last)
+    lines = shown()
+    last = max(i for i, line in enumerate(lines) if "800/1600" in line)
+    times = r"800/1600 +\d:\d\d:\d\d +(\d:\d\d:\d\d|-:--:--) +45\.6 img/s"
+    assert re.search(times, lines[last])
+    below = lines[last + 1 :]
+    assert len(below) <= 2 and all(len(line.rstrip()) < width for line in below)
+    assert all(any(term in line for line in below) for term in TERMS[:count])
+
+
+def test_plain_lines_tell_raw_and_weighted_terms(monkeypatch):
+    monkeypatch.setattr("sys.stderr", io.StringIO())
+    display = RunDisplay("runs/distilled", 10, 0, quiet=False)
+    display.step(10, {"task/cls": 0.5, "task/box": 0.5}, {"task/cls": 0.5, "task/box": 1}, 4.0)
+    [line] = shown()
+    assert line.endswith("4.0 img/s, task/cls 0.500 task/box 0.500 (1.000)")
+
+
+def test_an_evaluation_is_counted_beside_the_steps(monkeypatch):
+    on_a_terminal(monkeypatch, 100)
+    display = RunDisplay("runs/distilled", 1600, 0, quiet=False)
+    display.open()
+    with display.counting("val images", 30) as advance:
+        advance(10)
+        display._bar.refresh()
+    display.close()
+    assert any(re.search(r"val images .* 10/30 ", line) for line in shown())
+
+
+def test_further_processes_count_in_silence(monkeypatch):
+    monkeypatch.setattr("sys.stderr", io.StringIO())
+    monkeypatch.setattr(progress, "LINE_SECONDS", 0.0)
+    for quiet in (False, True):
+        display = RunDisplay("runs/distilled", 1600, 0, quiet=quiet)
+        with display.counting("val images", 30) as advance:
+            advance(10)
+        assert ("runs/distilled: val images: 10/30" in sys.stderr.getvalue()) is not quiet
+        sys.stderr.truncate(0)
 
 
 def test_window_means(tmp_path):

@@ -96,6 +96,38 @@ def test_two_processes_give_the_losses_of_one(recipe, tmp_path):
     assert published["crosskd/cls"] > 0 and published["crosskd/box"] > 0
 
 
+@pytest.mark.slow
+def test_two_processes_resume_with_their_own_random_states(recipe, tmp_path):
+    """The checkpoint in the middle is a copy from the run that was never stopped."""
+    options = {"base_channels": 8, "fpn_channels": 16, "roi_channels": 32}
+    settings = recipe(
+        student="faster_rcnn_r18",
+        student_options=options,
+        devices=2,
+        epochs=10,
+        eval_every=10,
+        checkpoint_every=5,
+    )
+    whole, resumed = tmp_path / "whole", tmp_path / "resumed"
+    process = subprocess.Popen(
+        command(settings, whole, tmp_path), env=environment(), stderr=subprocess.DEVNULL
+    )
+    while process.poll() is None and not (whole / "last.ckpt").exists():
+        time.sleep(0.01)
+    resumed.mkdir()
+    for name in ("recipe.yaml", "last.ckpt"):
+        shutil.copy(whole / name, resumed / name)
+    assert process.wait() == 0
+    state = torch.load(resumed / "last.ckpt", weights_only=True)
+    assert state["step"] < 30, "the copy came late: make the run longer"
+    one, two = (of_process["cpu"] for of_process in state["random"])
+    assert not torch.equal(one, two)
+    run(command(settings, resumed, tmp_path, "--resume"))
+    one, two = load_detector(whole), load_detector(resumed)
+    for key, value in one.state_dict().items():
+        assert torch.equal(value, two.state_dict()[key]), key
+
+
 def break_an_image(folder):
     """One that looks whole, so that a single process finds it broken in the middle of its run."""
     source = folder / "annotations" / "train.json"

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import warnings
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from detdistill import Distiller, UserError, load_detector
 from detdistill.engine import checkpoint
 from detdistill.engine.optim import learning_rate
 from detdistill.engine.train import train
+from detdistill.errors import UserNotice
 
 
 def lines(out, kind):
@@ -125,6 +127,42 @@ def test_a_resumed_run_ends_with_the_same_bits(
         one, two = (lines(tmp_path / name, kind) for name in ("whole", "resumed"))
         keys = ("step", "loss") if kind == "step" else ("step", "metrics")
         assert [[r[k] for k in keys] for r in one] == [[r[k] for k in keys] for r in two]
+
+
+TWO_STAGE = {
+    "student": "faster_rcnn_r18",
+    "student_options": {"base_channels": 8, "fpn_channels": 16, "roi_channels": 32},
+}
+
+
+def test_a_resumed_two_stage_run_draws_the_same_proposals(recipe, tmp_path, monkeypatch):
+    train(recipe(**TWO_STAGE), tmp_path / "whole")
+    drawn = torch.rand(3)
+    settings = stopped_after_two(recipe, tmp_path / "resumed", monkeypatch, **TWO_STAGE)
+    train(settings, tmp_path / "resumed", resume=True)
+    assert torch.equal(torch.rand(3), drawn)  # a draw more or less would show here
+    assert_same_weights(tmp_path / "whole", tmp_path / "resumed")
+
+
+def test_a_checkpoint_with_one_random_state_still_resumes(recipe, tmp_path, monkeypatch):
+    train(recipe(max_steps=4), tmp_path / "whole")
+    out = tmp_path / "resumed"
+    settings = stopped_after_two(recipe, out, monkeypatch, max_steps=4)
+    state = torch.load(out / "last.ckpt", weights_only=True)
+    [state["random"]] = [of_process["cpu"] for of_process in state["random"]]
+    torch.save(state, out / "last.ckpt")
+    train(settings, out, resume=True)
+    assert_same_weights(tmp_path / "whole", out)
+
+
+def test_processes_that_would_go_on_from_different_steps(recipe, tmp_path, monkeypatch):
+    out = tmp_path / "run"
+    settings = stopped_after_two(recipe, out, monkeypatch)
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    monkeypatch.setattr("detdistill.engine.run.gathered", lambda step: [step, 0])
+    with pytest.raises(UserError, match=r"different steps, \[2, 0\]; .* share the folder"):
+        train(settings, out, resume=True)
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
 
 
 def test_a_finished_run_returns_at_once(recipe, tmp_path, monkeypatch):
@@ -302,6 +340,48 @@ def test_the_loss_after_the_last_step_leaves_no_trace(recipe, tmp_path, monkeypa
     monkeypatch.setattr(engine, "_prove", lambda run, batch: run.keep_checkpoint())
     train(recipe(max_steps=2), tmp_path / "unseen")
     assert_same_weights(tmp_path / "seen", tmp_path / "unseen")
+
+
+def damage(file):
+    """Spoils the middle of a PNG, as a bad disk does; header and end are whole."""
+    content = file.read_bytes()
+    middle = len(content) // 2
+    file.write_bytes(content[:middle] + bytes(40) + content[middle + 40 :])
+
+
+def test_a_broken_val_image_is_found_before_training(recipe, data, tmp_path, monkeypatch):
+    folder, out = shutil.copytree(data, tmp_path / "mine"), tmp_path / "run"
+    file = max((folder / "images").glob("val_*"))
+    whole = file.read_bytes()
+    damage(file)
+    settings = recipe(data=str(folder), max_steps=1)
+    with pytest.raises(UserError, match=rf"{file.name}: the image is damaged"):
+        train(settings, out)
+    assert not out.exists()
+    file.write_bytes(whole)
+    train(settings, out)
+    monkeypatch.setattr("detdistill.engine.run.look_ahead", lambda *_: pytest.fail("looked again"))
+    train(settings, tmp_path / "one_of_a_study", resume=True)
+
+
+@pytest.mark.parametrize(
+    ("values", "told"),
+    [
+        (
+            {"warmup_steps": 6},
+            "warmup_steps 6 in a run of 6: .* never reached; --set warmup_steps=1",
+        ),
+        (
+            {"schedule": "step", "milestones": [2, 3]},
+            r"milestones \[2, 3\].* never lowered there; --set milestones=\[1\]",
+        ),
+    ],
+)
+def test_a_schedule_that_cannot_be_followed_is_told(recipe, tmp_path, values, told):
+    with pytest.warns(UserNotice, match=told):
+        train(recipe(**values), tmp_path / "run")
+    with warnings.catch_warnings(action="error", category=UserNotice):  # a trial
+        train(recipe(**values, max_steps=1), tmp_path / "trial")
 
 
 def test_faults_are_listed_in_full(recipe, tmp_path, data):

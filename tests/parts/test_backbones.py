@@ -1,11 +1,15 @@
 """Backbones beyond plain ResNets: Swin on any size, MobileNetV2 as HEAD trains it, freezing."""
 
 import pytest
+import timm
 import torch
 import torch.nn.functional as F
 from timm.models.swin_transformer import SwinTransformerBlock
 from torch import nn
 
+from detdistill import UserError
+from detdistill.errors import UserNotice
+from detdistill.parts import pretrained
 from detdistill.parts.backbones import Backbone
 from detdistill.parts.swin import PaddedBlock
 
@@ -86,3 +90,31 @@ def test_freezing_ends_with_its_stage(name, stages, frozen, free):
         assert not any(p.requires_grad for p in body.get_submodule(part).parameters()), part
     for part in free:
         assert all(p.requires_grad for p in body.get_submodule(part).parameters()), part
+
+
+@pytest.mark.parametrize("network", [True, False])
+def test_imagenet_weights_that_cannot_be_had(monkeypatch, network):
+    create, offline = timm.create_model, []
+
+    def refuse(name, *, pretrained=False, **options):
+        if not pretrained:
+            return create(name, **options)
+        offline.append(constants.HF_HUB_OFFLINE)
+        raise OSError("LocalEntryNotFoundError: set HF_HUB_OFFLINE or look elsewhere")
+
+    class Session:
+        def head(self, url, timeout):
+            if not network:
+                raise ConnectionError(f"no {url} within {timeout} s")
+
+    constants = pretrained.constants
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(pretrained, "get_session", Session)
+    monkeypatch.setattr(timm, "create_model", refuse)
+    with (
+        pytest.warns(UserNotice, match="loading ImageNet weights of resnet18"),
+        pytest.raises(UserError, match=r"not in the cache .* as backbone_weights, or use") as error,
+    ):
+        Backbone("resnet18", pretrained=True)
+    assert "HF_HUB_OFFLINE" not in str(error.value)
+    assert offline == [not network] and not constants.HF_HUB_OFFLINE

@@ -2,12 +2,13 @@
 
 import json
 import shutil
+import warnings
 
 import pytest
 import yaml
 
 from detdistill.engine import checkpoint
-from detdistill.errors import UserError
+from detdistill.errors import UserError, UserNotice
 from tests.study.fabricated_study import TINY, run_study
 
 
@@ -240,6 +241,29 @@ def test_a_test_split_with_nothing_to_find(recipe, world, tmp_path, data_folder)
     with pytest.raises(UserError, match=r"empty\.json: no test image has a usable box"):
         run_study(recipe.model_copy(update=explicit), tmp_path / "study")
     assert not (tmp_path / "study").exists()
+
+
+@pytest.mark.parametrize("split", ["val", "test"])
+def test_a_broken_image_is_found_before_any_training(recipe, world, tmp_path, data_folder, split):
+    folder, out = shutil.copytree(data_folder, tmp_path / "mine"), tmp_path / "study"
+    file = max((folder / "images").glob(f"{split}_*"))
+    whole = file.read_bytes()
+    middle = len(whole) // 2
+    file.write_bytes(whole[:middle] + bytes(40) + whole[middle + 40 :])
+    settings = recipe.model_copy(update={"data": str(folder)})
+    with pytest.raises(UserError, match=rf"{file.name}: the image is damaged"):
+        run_study(settings, out)
+    assert not out.exists() and world.trained == []
+    file.write_bytes(whole)
+    run_study(settings, out)
+
+
+def test_a_new_study_tells_of_its_schedule(recipe, world, tmp_path):
+    endless = recipe.model_copy(update={"warmup_steps": 10**6})
+    with pytest.warns(UserNotice, match="warmup_steps 1000000 in a run of"):
+        run_study(endless, tmp_path / "study")
+    with warnings.catch_warnings(action="error", category=UserNotice):
+        run_study(endless, tmp_path / "study")
 
 
 def test_faults_of_the_test_split_are_told(recipe, world, tmp_path, data_folder, capsys):

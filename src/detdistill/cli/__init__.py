@@ -5,9 +5,12 @@ Nothing here imports torch before a command needs it, so that help answers at on
 
 from __future__ import annotations
 
+import re
 import shlex
 import sys
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import typer
@@ -17,14 +20,22 @@ from detdistill.cli import analysis, datasets, doctor, export, studies, training
 from detdistill.errors import UserError, UserNotice, is_first_here, tells
 from detdistill.writing import disk_faults_told
 
+# click's `UsageError`, of which typer may carry a copy of its own under a private name.
+_UsageError: Any = typer.BadParameter.__mro__[1]
+
 
 class _Commands(TyperGroup):
     """Turns bad input into one sentence and Ctrl+C into a way to go on."""
 
+    def make_context(self, *args: Any, **options: Any) -> Any:
+        """Reads what stands before the command; exit code 2 for bad input."""
+        with _plain_usage():
+            return super().make_context(*args, **options)
+
     def invoke(self, ctx: Any) -> Any:
         """Runs the command; exit code 2 for bad input, 130 when interrupted."""
         try:
-            with warnings.catch_warnings(), disk_faults_told():
+            with _plain_usage(ctx), warnings.catch_warnings(), disk_faults_told():
                 _plain_notices()
                 return super().invoke(ctx)
         except UserError as error:
@@ -35,6 +46,33 @@ class _Commands(TyperGroup):
             if is_first_here():
                 typer.echo(f"\ndetdistill: {_how_to_continue(ctx.obj or [])}", err=True)
             raise typer.Exit(130) from None
+
+
+@contextmanager
+def _plain_usage(ctx: Any = None) -> Iterator[None]:
+    """Tells of a wrong option or command in one sentence, not in a block of three lines.
+
+    `ctx` is that of the program, when the command is known.
+    """
+    try:
+        yield
+    except _UsageError as error:
+        if type(error).__name__ == "NoArgsIsHelpError":  # it shows the help
+            raise
+        if is_first_here():
+            typer.echo(f"detdistill: {_usage_sentence(error, ctx)}", err=True)
+        raise typer.Exit(2) from None
+
+
+def _usage_sentence(error: Any, ctx: Any) -> str:
+    told = " ".join(error.format_message().split()).rstrip(".?").replace("Value error, ", "")
+    told = re.sub(r"[.]? (Did|Choose) ", lambda match: f"; {match[1].lower()} ", told)
+    command = ["detdistill"]
+    if error.ctx is not None:
+        command = [error.ctx.command_path]
+    elif ctx is not None and ctx.invoked_subcommand:
+        command.append(ctx.invoked_subcommand)
+    return f"{told[0].lower()}{told[1:]}; see {' '.join(command)} --help"
 
 
 def _plain_notices() -> None:

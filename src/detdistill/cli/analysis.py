@@ -87,8 +87,8 @@ def _analyze(
     from detdistill.analysis.pair import Pair
     from detdistill.analysis.report import write_analysis
     from detdistill.analysis.run import analyze as measure
-    from detdistill.cli.tables import progress_bar
     from detdistill.data import open_dataset
+    from detdistill.progress import Counts
 
     pair = Pair(_load(teacher), _load(student))
     assistant, missed = _find_assistant(Path(student), pair)
@@ -96,15 +96,14 @@ def _analyze(
     show_faults(f"{dataset.source}", dataset.faults)
     settings = at_input_size(settings, pair.student)
     count = min(images, len(dataset))
-    with progress_bar() as progress:
-        task = progress.add_task(f"{split} images", total=count)
+    with Counts() as counts:
         findings = measure(
             pair,
             dataset,
             settings,
             images=images,
             assistant=assistant,
-            progress=lambda n: progress.advance(task, n),
+            progress=counts.counter(f"{split} images", count),
         )
     findings.left_out.update(missed)
     facts = {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -163,14 +164,11 @@ def _class_table(datasets: Sequence[DetectionDataset]) -> str:
 
 
 def _write(out: Path, datasets: Sequence[DetectionDataset]) -> None:
-    from detdistill.cli.tables import progress_bar
     from detdistill.data import write_coco_folder
+    from detdistill.progress import Counts
 
-    with progress_bar() as progress:
-        task = progress.add_task("images", total=None)
-        write_coco_folder(
-            out, datasets, progress=lambda done, of: progress.update(task, completed=done, total=of)
-        )
+    with Counts() as counts:
+        write_coco_folder(out, datasets, progress=partial(counts.update, "images"))
 
 
 def _say_next(folder: Path) -> None:
@@ -181,17 +179,16 @@ def _say_next(folder: Path) -> None:
 
 
 def write_builtin_data(folder: Path, sizes: dict[str, int], seed: int) -> None:
-    """Generates a data set with a progress bar; one that is there already is left alone."""
-    from detdistill.cli.tables import progress_bar
+    """Generates a data set and shows how far it is; one that is there already is left alone."""
     from detdistill.data import generate_dataset
+    from detdistill.progress import Counts
 
-    counts = {split: sizes[split] for split in ("train", "val", "test")}
-    with progress_bar() as progress:
-        task = progress.add_task("generated images", total=sum(counts.values()))
+    images = {split: sizes[split] for split in ("train", "val", "test")}
+    with Counts() as counts:
         generate_dataset(
             folder,
             seed=seed,
             size=sizes["size"],
-            progress=lambda done, _: progress.update(task, completed=done),
-            **counts,
+            progress=partial(counts.update, "generated images"),
+            **images,
         )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -131,29 +131,17 @@ def _arms(settings: Recipe, method: str | None) -> tuple[dict[str, Any], bool]:
 
 
 def _sections(patient: Doctor) -> Iterator[Section]:
-    """The sections as they come, with a progress bar while one waits for them."""
-    from detdistill.cli.tables import progress_bar
+    """The sections as they come, with their progress while one waits for them."""
+    from detdistill.progress import Counts
 
     sections = patient.sections()
     while True:
-        with progress_bar() as bar:
-            patient.progress = _advance(bar)
+        with Counts() as counts:
+            patient.progress = counts.update
             section = next(sections, None)
         if section is None:
             return
         yield section
-
-
-def _advance(bar: Any) -> Callable[[str, int, int], None]:
-    """Shows what is done, how much of it and of how much, each on a line of its own."""
-    tasks: dict[str, Any] = {}
-
-    def advance(what: str, done: int, total: int) -> None:
-        if what not in tasks:
-            tasks[what] = bar.add_task(what, total=total)
-        bar.update(tasks[what], completed=done)
-
-    return advance
 
 
 def _show(section: Section) -> None:

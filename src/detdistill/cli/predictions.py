@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ from detdistill.detectors import FPNDetector
 from detdistill.drawing.pictures import draw_detections, save_png
 from detdistill.engine.checkpoint import write_text
 from detdistill.errors import UserError
+from detdistill.progress import Advance
 from detdistill.structures import Detections
 
 LOWEST_SCORE = 0.05
@@ -24,7 +24,7 @@ def write_predictions(
     images: list[Path],
     out: Path,
     score: float,
-    advance: Callable[[], None],
+    advance: Advance,
 ) -> int:
     """Writes `predictions.json` and one picture per image.
 
@@ -38,7 +38,7 @@ def write_predictions(
     for path in images:
         # Only boxes are kept, not pixels: thousands of pictures need not fit into memory.
         found += detector.predict([read_image(path)], score_threshold=min(score, LOWEST_SCORE))
-        advance()
+        advance(1)
     # Nothing is written before every image was read, so that a bad one leaves no half result.
     pictures = [out / f"{i:04d}_{path.stem[:LONGEST]}.png" for i, path in enumerate(images)]
     for picture in pictures:

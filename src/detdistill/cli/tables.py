@@ -8,33 +8,16 @@ from rich.markup import escape
 from rich.progress import (
     BarColumn,
     DownloadColumn,
-    MofNCompleteColumn,
     Progress,
     TextColumn,
-    TimeElapsedColumn,
     TimeRemainingColumn,
     TransferSpeedColumn,
 )
 from rich.table import Table
 
 
-def progress_bar() -> Progress:
-    """A bar on stderr with count, elapsed and remaining time; nothing when that is no terminal."""
-    console = Console(stderr=True)
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-        console=console,
-        disable=not console.is_terminal,
-        transient=True,
-    )
-
-
 def download_bar() -> Progress:
-    """As `progress_bar`, in bytes."""
+    """A bar on stderr with bytes, rate and remaining time; nothing when that is no terminal."""
     console = Console(stderr=True)
     return Progress(
         TextColumn("{task.description}"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -56,16 +56,15 @@ def evaluate(
     from detdistill.cli.tables import print_metrics
     from detdistill.data import open_dataset
     from detdistill.evaluation.run import evaluate_dataset
+    from detdistill.progress import Counts
 
     model = load(weights, detector)
     dataset = open_dataset(settings, split)
     show_faults(f"{dataset.source}", dataset.faults)
     settings = at_input_size(settings, model)
-    with _progress() as progress:
-        task = progress.add_task(f"{split} images", total=len(dataset.records))
-        metrics = evaluate_dataset(
-            model, dataset, settings, model.pixel_mean.device, lambda n: progress.advance(task, n)
-        )
+    with Counts() as counts:
+        advance = counts.counter(f"{split} images", len(dataset))
+        metrics = evaluate_dataset(model, dataset, settings, model.pixel_mean.device, advance)
     print_metrics(metrics.numbers, metrics.per_class)
     if metrics.numbers["AP"] < 0:
         typer.echo(f"{dataset.source} holds no boxes, so there is nothing to measure.")
@@ -109,11 +108,12 @@ def predict(
     if (out / "predictions.json").exists():
         raise UserError(f"{out}: already holds predictions.json; choose another --out")
     from detdistill.cli.predictions import write_predictions
+    from detdistill.progress import Counts
 
-    with _progress() as progress:
-        task = progress.add_task("images", total=len(images))
-        model = load(weights, detector)
-        count = write_predictions(model, images, out, score, lambda: progress.advance(task))
+    model = load(weights, detector)
+    with Counts() as counts:
+        advance = counts.counter("images", len(images))
+        count = write_predictions(model, images, out, score, advance)
     typer.echo(f"{out / 'predictions.json'}: {count} boxes in {len(images)} images")
     typer.echo(f"Next: open the pictures in {out}; --score moves the limit from which they show")
 
@@ -204,9 +204,3 @@ def load(weights: Path, detector: str | None) -> FPNDetector:
 
     model = load_detector(weights) if detector is None else load_detector(detector, weights)
     return model.to("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def _progress() -> Any:
-    from detdistill.cli.tables import progress_bar
-
-    return progress_bar()

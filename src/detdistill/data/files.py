@@ -23,13 +23,23 @@ _In = TypeVar("_In")
 _Out = TypeVar("_Out")
 
 
-def in_threads(function: Callable[[_In], _Out], items: Sequence[_In]) -> list[_Out]:
-    """The function of each item, in order; small files wait for the disk, not for the CPU."""
+def in_threads(
+    function: Callable[[_In], _Out],
+    items: Sequence[_In],
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> list[_Out]:
+    """The function of each item, in order; small files wait for the disk, not for the CPU.
+
+    `progress` is called with (items done, all).
+    """
     # Several items a task: of a cached file the exchange with the pool costs more than the reading.
     parts = [items[i : i + _AT_ONCE] for i in range(0, len(items), _AT_ONCE)]
     with ThreadPoolExecutor(8) as pool:
-        done = pool.map(lambda part: [function(item) for item in part], parts)
-        return [result for results in done for result in results]
+        found: list[_Out] = []
+        for results in pool.map(lambda part: [function(item) for item in part], parts):
+            found += results
+            progress(len(found), len(items))
+        return found
 
 
 def require_folder(path: Path, what: str) -> Path:

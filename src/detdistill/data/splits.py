@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Literal, get_args
 
 from detdistill.data.coco import find_coco, looked_for, read_coco
 from detdistill.data.dataset import DetectionDataset, MissingSplitError, SplitReader
-from detdistill.data.files import require_folder
+from detdistill.data.files import in_threads, require_folder
+from detdistill.data.images import check_image
 from detdistill.data.voc import find_voc
 from detdistill.data.yolo import CONFIG_NAMES, find_yolo
 from detdistill.errors import UserError
@@ -36,6 +38,23 @@ def open_dataset(recipe: Recipe, split: Split) -> DetectionDataset:
             + (f" ({dataset.fault_summary()})" if dataset.faults else "")
         )
     return dataset.subset(learnable) if recipe.drop_empty else dataset
+
+
+def decode_images(
+    datasets: Sequence[DetectionDataset],
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> None:
+    """Decodes every image, to see that each can be: `open_dataset` looks at JPEG and PNG briefly.
+
+    Args:
+        datasets: opened splits.
+        progress: called with (images done, all).
+
+    Raises:
+        UserError: for the first image that is broken.
+    """
+    paths = [record.path for dataset in datasets for record in dataset.records]
+    in_threads(check_image, paths, progress)
 
 
 def find_split(recipe: Recipe, split: Split) -> SplitReader:

@@ -105,7 +105,8 @@ def load_detector(
         name: detector name, e.g. "gfl_r101"; or, for our own files, the file or run folder alone.
         path: our `model.safetensors`, a run folder, an MMDetection checkpoint, a released student
             of CrossKD or HEAD (which loads alone, and says so), or the state_dict of torchvision's
-            RetinaNet or FCOS, which becomes a view (see `as_detector`); told apart by their keys.
+            RetinaNet, FCOS or Faster R-CNN, which becomes a view (see `as_detector`); told apart by
+            their keys.
         strict: refuse a file that does not fit in every tensor.
         **options: the detector's keywords, over what the file says or implies; for torchvision's
             weights those of `torchvision_models.Settings`.

@@ -8,6 +8,7 @@ from typing import Any
 from detdistill.detectors import FPNDetector
 from detdistill.distill import Method
 from detdistill.doctor.finding import Finding, counted
+from detdistill.engine.optim import endless_warmup, milestones_beyond
 from detdistill.recipe import Recipe
 
 LONG_WARMUP = 0.1
@@ -31,12 +32,13 @@ def check_recipe(
         steps_per_epoch: optimisation steps.
         total_steps: of the run.
     """
+    beyond = milestones_beyond(recipe, steps_per_epoch, total_steps)
     return [
         _check_rate(recipe),
         _check_length(recipe, images, steps_per_epoch, total_steps),
         *_check_batch(recipe, images),
         *_check_warmup(recipe, total_steps),
-        *_check_milestones(recipe, steps_per_epoch, total_steps),
+        *(Finding("warning", *told) for told in beyond),
     ]
 
 
@@ -77,25 +79,15 @@ def _check_batch(recipe: Recipe, images: int) -> list[Finding]:
 
 
 def _check_warmup(recipe: Recipe, total_steps: int) -> list[Finding]:
+    endless = [Finding("problem", *told) for told in endless_warmup(recipe, total_steps)]
+    if endless:
+        return endless
     share = recipe.warmup_steps / total_steps
     text = f"warm-up of {counted(recipe.warmup_steps, 'step')}, {share:.0%} of the run"
     advice = f"--set warmup_steps={max(1, total_steps // 20)}, or a longer run"
-    if share >= 1:
-        return [Finding("problem", f"{text}: the learning rate is never reached", advice)]
     if share > LONG_WARMUP:
         return [Finding("warning", text, advice)]
     return [Finding("ok", text)]
-
-
-def _check_milestones(recipe: Recipe, steps_per_epoch: int, total_steps: int) -> list[Finding]:
-    if recipe.schedule != "step":
-        return []
-    beyond = [epoch for epoch in recipe.milestones if epoch * steps_per_epoch >= total_steps]
-    if not beyond:
-        return []
-    text = f"milestones {beyond} lie beyond the end of the run: lr is never lowered there"
-    advice = "milestones are epochs; usual are two thirds and 11 twelfths of the run"
-    return [Finding("warning", text, advice)]
 
 
 def check_start(student: FPNDetector) -> list[Finding]:

@@ -13,19 +13,22 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from lightning_fabric import Fabric
 from lightning_fabric.plugins.precision import MixedPrecision, Precision
 from lightning_fabric.strategies.ddp import DDPStrategy
+from torch import Tensor
 
 from detdistill.data.loader import end_with_parent
 from detdistill.errors import UserError, is_first_here
 from detdistill.recipe import Recipe
 from detdistill.structures import Batch
 from detdistill.writing import disk_faults_told
+
+T = TypeVar("T")
 
 PATIENCE = timedelta(hours=3)
 """How long processes wait for each other: while the first evaluates on val, all others do."""
@@ -112,13 +115,41 @@ def place(batch: Batch, recipe: Recipe, device: torch.device) -> Batch:
     return Batch(images, batch.sizes, batch.targets, batch.image_ids)
 
 
+def gathered(own: T) -> list[T]:
+    """A plain value of each process, in the order of the processes, in each of them."""
+    if not dist.is_available() or not dist.is_initialized():
+        return [own]
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, own)
+    return values
+
+
 def all_image_ids(own: Sequence[int]) -> list[int]:
     """The image ids of this step's batch in all processes."""
-    if not dist.is_available() or not dist.is_initialized():
-        return list(own)
-    gathered: list[list[int]] = [[] for _ in range(dist.get_world_size())]
-    dist.all_gather_object(gathered, list(own))
-    return [image_id for ids in gathered for image_id in ids]
+    return [image_id for ids in gathered(list(own)) for image_id in ids]
+
+
+def random_states(device: torch.device) -> list[dict[str, Tensor]]:
+    """Of each process the state of torch's generators, from which samplers of proposals draw."""
+    own = {"cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        own["cuda"] = torch.cuda.get_rng_state(device)
+    return gathered(own)
+
+
+def restore_random_state(
+    states: Tensor | list[dict[str, Tensor]], rank: int, device: torch.device
+) -> None:
+    """Undoes `random_states` in one process.
+
+    Older checkpoints hold the CPU's state of the first process alone; the others keep theirs.
+    """
+    if isinstance(states, Tensor):
+        states = [{"cpu": states}]
+    if rank < len(states):
+        torch.set_rng_state(states[rank]["cpu"])
+        if device.type == "cuda" and "cuda" in states[rank]:
+            torch.cuda.set_rng_state(states[rank]["cuda"], device)
 
 
 def _end_together() -> None:

@@ -5,30 +5,23 @@ from __future__ import annotations
 import json
 import math
 import sys
+import textwrap
 import time
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    ProgressColumn,
-    Task,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
+from rich.console import Console, RenderableType
+from rich.progress import Progress
 from rich.text import Text
 
 from detdistill.engine.checkpoint import last_good, write_text
 from detdistill.errors import UserError
+from detdistill.progress import Advance, Counts, Pace, columns, seconds_left
 
 ZERO_STEPS = 50
-LINE_SECONDS = 10.0  # between plain lines
 
 
 class MetricsFile:
@@ -113,12 +106,18 @@ class TermWindow:
         return raw, weighted
 
 
-class _Terms(ProgressColumn):
-    """What gives way on a narrow terminal; the times beside it stay readable."""
+class _RunBar(Progress):
+    """The bar, and below it the terms, on as many lines as they need."""
 
-    def render(self, task: Task) -> Text:
-        """On one line, cut off where there is no room."""
-        return Text(task.fields["terms"], no_wrap=True, overflow="ellipsis")
+    terms: Sequence[str] = ()
+
+    def get_renderables(self) -> Iterable[RenderableType]:
+        """Each term stays on one line."""
+        yield from super().get_renderables()
+        if self.terms:
+            whole = " ".join(term.replace(" ", "\u00a0") for term in self.terms)
+            lines = textwrap.fill(whole, max(1, self.console.width - 1))
+            yield Text(lines.replace("\u00a0", " "))
 
 
 class RunDisplay:
@@ -129,43 +128,53 @@ class RunDisplay:
         self.title, self.total = title, total
         self.quiet = quiet
         self._console = Console(file=sys.stderr, highlight=False)
-        self._bar: Progress | None = None
+        self._bar: _RunBar | None = None
         self._start, self._first = time.monotonic(), done
-        self._last_line = -math.inf
+        self._pace = Pace(wait=False)
         if not quiet and self._console.is_terminal:
-            self._bar = Progress(
-                TextColumn("{task.description}"),
-                BarColumn(),
-                MofNCompleteColumn(),
-                TimeElapsedColumn(),
-                TimeRemainingColumn(),
-                _Terms(),
-                console=self._console,
-            )
-            self._task = self._bar.add_task(title, total=total, completed=done, terms="")
+            self._bar = _RunBar(*columns(), console=self._console)
+            self._task = self._bar.add_task(title, total=total, completed=done)
 
     def open(self) -> None:
         """Shows the bar."""
         if self._bar is not None:
             self._bar.start()
 
-    def step(self, step: int, weighted: Mapping[str, float], images_per_second: float) -> None:
+    def step(
+        self,
+        step: int,
+        raw: Mapping[str, float],
+        weighted: Mapping[str, float],
+        images_per_second: float,
+    ) -> None:
         """Shows the state after `step` steps."""
-        terms = " ".join(f"{name} {value:.3f}" for name, value in weighted.items())
+        terms = [_term(name, raw[name], value) for name, value in weighted.items()]
+        rate = f"{images_per_second:.1f} img/s"
         if self._bar is not None:
-            text = f"{images_per_second:.1f} img/s  {terms}"
-            self._bar.update(self._task, completed=step, terms=text)
+            self._bar.terms = terms
+            self._bar.update(self._task, completed=step, rate=rate)
             return
-        now = time.monotonic()
-        if self.quiet or (now - self._last_line < LINE_SECONDS and step < self.total):
+        if self.quiet or not (self._pace.due() or step >= self.total):
             return
-        self._last_line = now
-        left = (now - self._start) / max(1, step - self._first) * (self.total - step)
+        seconds = time.monotonic() - self._start
+        left = seconds_left(step - self._first, self.total - self._first, seconds)
         self._console.print(
-            f"{self.title}: step {step}/{self.total}, {left:.0f} s left, "
-            f"{images_per_second:.1f} img/s, {terms}",
+            f"{self.title}: step {step}/{self.total}, {left:.0f} s left, {rate}, {' '.join(terms)}",
             soft_wrap=True,
         )
+
+    @contextmanager
+    def counting(self, what: str, total: int) -> Iterator[Advance]:
+        """Shows how far something beside the steps is, an evaluation for instance."""
+        if self._bar is None:
+            with Counts(f"{self.title}: ", self._console) as counts:
+                yield (lambda more: None) if self.quiet else counts.counter(what, total)
+            return
+        bar, task = self._bar, self._bar.add_task(what, total=total)
+        try:
+            yield lambda more: bar.advance(task, more)
+        finally:
+            bar.remove_task(task)
 
     def say(self, text: str) -> None:
         """One line above the bar."""
@@ -176,3 +185,9 @@ class RunDisplay:
         """Ends the bar."""
         if self._bar is not None:
             self._bar.stop()
+
+
+def _term(name: str, raw: float, weighted: float) -> str:
+    """A term, and in brackets what it weighs in the loss if that is something else."""
+    shown = f"{raw:.3f}"
+    return f"{name} {shown}" if f"{weighted:.3f}" == shown else f"{name} {shown} ({weighted:.3f})"

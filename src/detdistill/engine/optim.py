@@ -27,6 +27,31 @@ def run_length(recipe: Recipe, batches_per_epoch: int) -> tuple[int, int]:
     return steps_per_epoch, recipe.max_steps or recipe.epochs * steps_per_epoch
 
 
+Told = list[tuple[str, str]]
+"""What was found, and what to do about it."""
+
+
+def endless_warmup(recipe: Recipe, total_steps: int) -> Told:
+    """Of a warm-up that is not over when the run is."""
+    if recipe.warmup_steps < total_steps:
+        return []
+    found = f"warmup_steps {recipe.warmup_steps} in a run of {total_steps}"
+    advice = f"--set warmup_steps={max(1, total_steps // 20)}, or a longer run"
+    return [(f"{found}: the learning rate is never reached", advice)]
+
+
+def milestones_beyond(recipe: Recipe, steps_per_epoch: int, total_steps: int) -> Told:
+    """Of milestones that the run does not reach."""
+    beyond = [epoch for epoch in recipe.milestones if epoch * steps_per_epoch >= total_steps]
+    if not beyond or recipe.schedule != "step":
+        return []
+    found = f"milestones {beyond}, which are epochs, lie beyond the end of the run"
+    epochs = total_steps / steps_per_epoch
+    usual = sorted({int(epochs * 2 / 3), int(epochs * 11 / 12)} - {0})
+    advice = f"--set milestones={usual}, or a longer run" if usual else "--set schedule=cosine"
+    return [(f"{found}: lr is never lowered there", advice)]
+
+
 def learning_rate(recipe: Recipe, step: int, total_steps: int, steps_per_epoch: int) -> float:
     """The rate of a step (0-based): linear in the batch, linear warm-up, then the schedule.
 

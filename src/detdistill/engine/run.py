@@ -12,8 +12,9 @@ from lightning_fabric import Fabric
 
 from detdistill import __version__
 from detdistill.data import TrainBatches
-from detdistill.detectors import save_detector
+from detdistill.detectors import FPNDetector, save_detector
 from detdistill.distill import Distiller, Method
+from detdistill.engine.ahead import look_ahead
 from detdistill.engine.build import Parts
 from detdistill.engine.checkpoint import (
     drop_next_checkpoint,
@@ -24,9 +25,11 @@ from detdistill.engine.checkpoint import (
     write_next_checkpoint,
     write_text,
 )
+from detdistill.engine.distributed import gathered, random_states, restore_random_state
 from detdistill.engine.log import MetricsFile, RunDisplay, TermWindow
 from detdistill.engine.optim import make_optimizer, run_length
 from detdistill.errors import UserError
+from detdistill.evaluation.coco import CocoMetrics
 from detdistill.evaluation.run import evaluate_dataset, knows_classes
 from detdistill.recipe import Recipe
 
@@ -98,10 +101,16 @@ class Run:
                 raise  # the checkpoint is as good as before
             except (KeyError, TypeError, ValueError, RuntimeError) as error:
                 raise unusable_checkpoint(self._checkpoint, type(error).__name__) from None
+        self._refuse_unequal_steps()
         self.metrics: MetricsFile | None = None
         self.window = TermWindow(out)
         title = "/".join(out.parts[-2:])
         self.display = RunDisplay(title, self.total_steps, self.step, quiet=not self.speaks)
+
+    def look_ahead(self, resume: bool) -> None:
+        """Before anything is written, unless the run goes on, or is one of a study that did it."""
+        if self.speaks and not resume:
+            look_ahead(self.recipe, self.steps_per_epoch, self.total_steps, [self.parts.val])
 
     def open(self) -> None:
         """From here on the run writes into its folder and shows how far it is."""
@@ -122,7 +131,7 @@ class Run:
         if not knows_classes(teacher, self.parts.val):  # features alone may be of use
             self.display.say(f"teacher {teacher.name} has other classes; its AP is not measured")
             return
-        metrics = evaluate_dataset(teacher, self.parts.val, self.recipe, self.fabric.device)
+        metrics = self._measure(teacher, "val images by the teacher")
         self.teacher_ap = metrics.numbers["AP"]
         self._write("teacher", split="val", metrics=metrics.numbers)
         self.display.say(f"teacher {teacher.name}, val AP {100 * self.teacher_ap:.1f}")
@@ -164,7 +173,7 @@ class Run:
         recipe, end = self.recipe, self.step == self.total_steps
         if self.step % recipe.log_every == 0 or end:
             raw, weighted = self.window.take()
-            self.display.step(self.step, weighted, images_per_second)
+            self.display.step(self.step, raw, weighted, images_per_second)
             self._write(
                 "step",
                 lr=rate,
@@ -189,8 +198,7 @@ class Run:
     def _evaluate(self) -> None:
         """AP on val by the first process; the best student so far is kept."""
         if self.speaks:
-            student = self.distiller.student
-            metrics = evaluate_dataset(student, self.parts.val, self.recipe, self.fabric.device)
+            metrics = self._measure(self.distiller.student, "val images")
             numbers = metrics.numbers
             self._write(
                 "eval",
@@ -207,6 +215,11 @@ class Run:
                 self._save_student("best", ap)
         self.fabric.barrier()
         self.module.train()
+
+    def _measure(self, detector: FPNDetector, what: str) -> CocoMetrics:
+        val = self.parts.val
+        with self.display.counting(what, len(val)) as advance:
+            return evaluate_dataset(detector, val, self.recipe, self.fabric.device, advance)
 
     def _save_student(self, stem: str, ap: float) -> None:
         recipe = self.recipe
@@ -237,7 +250,7 @@ class Run:
             "distiller": self.distiller.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "precision": self.fabric.strategy.precision.state_dict(),
-            "random": torch.get_rng_state(),
+            "random": random_states(self.fabric.device),
             "inputs": self.parts.inputs,
         }
         if self.speaks:
@@ -273,8 +286,17 @@ class Run:
         self.distiller.load_state_dict(state["distiller"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.fabric.strategy.precision.load_state_dict(state["precision"])
-        if self.fabric.is_global_zero:
-            torch.set_rng_state(state["random"])
+        rank, device = self.fabric.global_rank, self.fabric.device
+        restore_random_state(state["random"], rank, device)
+
+    def _refuse_unequal_steps(self) -> None:
+        """Machines that do not share the folder would not find the same checkpoint in it."""
+        steps = gathered(self.step)
+        if len(set(steps)) > 1:
+            raise UserError(
+                f"{self.out}: the processes would go on from different steps, {steps}; all "
+                f"machines need the same last.ckpt: share the folder, or copy the file to each"
+            )
 
     def _write_status(self, done: bool) -> None:
         status = {"done": done, "steps": self.step, "seconds": self.seconds}

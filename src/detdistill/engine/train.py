@@ -60,6 +60,7 @@ def _train(recipe: Recipe, out: Path, resume: bool, fabric: Fabric, stack: ExitS
     state = load_checkpoint(out / "last.ckpt")
     check_inputs(out, state, parts.inputs)
     run = Run(recipe, out, fabric, parts, batches, state)
+    run.look_ahead(resume)
     # Whatever can be wrong with the input has shown by now, and nothing is written yet.
     fabric.barrier()
     if first:

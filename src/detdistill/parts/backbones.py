@@ -12,6 +12,7 @@ from timm.models.resnet import Bottleneck
 from torch import Tensor, nn
 
 from detdistill.errors import UserError
+from detdistill.parts.pretrained import pretrained_model
 from detdistill.parts.swin import (
     in_patches,
     is_swin,
@@ -186,14 +187,13 @@ def _create(
     try:
         levels: Any = timm.create_model(name, features_only=True, pretrained=False).feature_info
         wanted = [i for i, r in enumerate(levels.reduction()) if r in strides]
-        return timm.create_model(
-            name, features_only=True, pretrained=pretrained, out_indices=tuple(wanted), **options
-        )
-    except (OSError, RuntimeError) as error:
+        create = pretrained_model if pretrained else timm.create_model
+        return create(name, features_only=True, out_indices=tuple(wanted), **options)
+    except RuntimeError as error:
         raise UserError(
             f"backbone {name!r} cannot be built with pretrained={pretrained}: "
-            f"{' '.join(str(error).split())[:200]}; without the network give the file of "
-            f"{name}'s weights as backbone_weights, or use pretrained=False"
+            f"{' '.join(str(error).split())[:200]}; give the file of {name}'s weights as "
+            f"backbone_weights, or use pretrained=False"
         ) from None
 
 

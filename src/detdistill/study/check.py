@@ -5,11 +5,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from detdistill.data import DetectionDataset, open_dataset, require_same_classes
+from detdistill.data import (
+    DetectionDataset,
+    make_train_batches,
+    open_dataset,
+    require_same_classes,
+)
 from detdistill.data.fingerprint import fingerprint
 from detdistill.detectors import FPNDetector, create_detector
 from detdistill.distill import Distiller, create_method
+from detdistill.engine.ahead import look_ahead
 from detdistill.engine.build import load_teacher
+from detdistill.engine.optim import run_length
 from detdistill.errors import UserError
 from detdistill.evaluation.run import knows_classes
 from detdistill.recipe import Recipe, split_teacher
@@ -22,8 +29,11 @@ def check_study(
     methods: Sequence[str],
     seeds: Sequence[int],
     jobs: int = 1,
+    new: bool = True,
 ) -> dict[str, str]:
     """Data, names, options, and whether each method fits the pair, or does without a teacher.
+
+    Of a `new` study the schedule is looked at, too, and every image of val and test decoded.
 
     Returns:
         What the study rests on, by fingerprints: its data, and a teacher that is there already.
@@ -45,19 +55,9 @@ def check_study(
             f"on one device each: leave one of the two at 1"
         )
     splits = _open_splits(recipe)
-    test = splits[-1]
-    classes = test.classes
-    model = None if teacher is None else _teacher(recipe, teacher, classes)
-    student = create_detector(recipe.student, len(classes), **recipe.student_options)
-    student.classes = list(classes)
-    for name in methods:
-        parts = recipe.methods_of(name).items()
-        Distiller(student, model, {part: create_method(part, **given) for part, given in parts})
-    if model is not None and not knows_classes(model, test):
-        raise UserError(
-            f"a study measures its teacher, too, and the classes of {teacher} are not those of "
-            f"{test.source}: choose a teacher of the same task"
-        )
+    _check_pairs(recipe, teacher, methods, splits[-1])
+    if new:
+        _look_ahead(recipe, *splits)
     inputs = {f"{split.split} data ({split.source})": fingerprint(split) for split in splits}
     weights = None if teacher is None else teacher_file(teacher)
     if weights is not None:
@@ -90,6 +90,31 @@ def _open_splits(recipe: Recipe) -> tuple[DetectionDataset, ...]:
     if not any((~record.crowd).any() for record in test.records):
         raise UserError(f"{test.source}: no test image has a usable box; nothing can be measured")
     return train, val, test
+
+
+def _check_pairs(
+    recipe: Recipe, teacher: str | None, methods: Sequence[str], test: DetectionDataset
+) -> None:
+    """Whether each method fits student and teacher, and the teacher the test split."""
+    model = None if teacher is None else _teacher(recipe, teacher, test.classes)
+    student = create_detector(recipe.student, len(test.classes), **recipe.student_options)
+    student.classes = list(test.classes)
+    for name in methods:
+        parts = recipe.methods_of(name).items()
+        Distiller(student, model, {part: create_method(part, **given) for part, given in parts})
+    if model is not None and not knows_classes(model, test):
+        raise UserError(
+            f"a study measures its teacher, too, and the classes of {teacher} are not those of "
+            f"{test.source}: choose a teacher of the same task"
+        )
+
+
+def _look_ahead(
+    recipe: Recipe, train: DetectionDataset, val: DetectionDataset, test: DetectionDataset
+) -> None:
+    here = recipe.model_copy(update={"cache": "none"})  # nothing is decoded for the count
+    batches = make_train_batches(train, here, world_size=recipe.devices)
+    look_ahead(recipe, *run_length(recipe, len(batches)), [val, test])
 
 
 def _teacher(recipe: Recipe, teacher: str, classes: Sequence[str]) -> FPNDetector:

@@ -76,7 +76,8 @@ def compare(
     """
     methods, seeds = list(dict.fromkeys(methods)), list(dict.fromkeys(seeds))
     check_teacher_epochs(teacher, teacher_epochs)
-    inputs = check_study(recipe, teacher, methods, seeds, jobs)
+    new = not (Path(out) / STUDY).exists()
+    inputs = check_study(recipe, teacher, methods, seeds, jobs, new)
     settings: dict[str, Any] = {"teacher": teacher, "teacher_epochs": teacher_epochs}
     settings |= {"inputs": inputs, "jobs": jobs}
     settings |= {"recipe": recipe.model_dump(), "methods": methods, "seeds": seeds}

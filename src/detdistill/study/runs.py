@@ -22,6 +22,7 @@ from detdistill.errors import UserError
 from detdistill.evaluation.coco import ap_gain_interval, coco_metrics
 from detdistill.evaluation.run import detect_dataset
 from detdistill.evaluation.speed import count_parameters
+from detdistill.progress import Counts
 from detdistill.recipe import Recipe, dump_recipe
 
 WEIGHTS = "model.safetensors"
@@ -120,7 +121,9 @@ def test_once(
         dataset = open_dataset(recipe, "test")
         if dataset.faults:
             print(dataset.fault_summary(), file=sys.stderr)
-        results = detect_dataset(detector, dataset, recipe, study_device(recipe))
+        with Counts(f"{'/'.join(folder.parts[-2:])}: ") as counts:
+            advance = counts.counter("test images", len(dataset))
+            results = detect_dataset(detector, dataset, recipe, study_device(recipe), advance)
         metrics = coco_metrics(dataset.ground_truth(), results)
         stored = {
             "sha256": checksum,

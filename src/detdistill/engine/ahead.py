@@ -1,0 +1,32 @@
+"""What would show only late in a run or a study, looked at before it begins."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from functools import partial
+
+from detdistill.data import DetectionDataset
+from detdistill.data.splits import decode_images
+from detdistill.engine.optim import endless_warmup, milestones_beyond
+from detdistill.errors import UserNotice
+from detdistill.progress import Counts
+from detdistill.recipe import Recipe
+
+
+def look_ahead(
+    recipe: Recipe, steps_per_epoch: int, total_steps: int, measured: Sequence[DetectionDataset]
+) -> None:
+    """Tells of a schedule that cannot be followed; decodes all images that will be measured on.
+
+    Raises:
+        UserError: for the first image that is broken.
+    """
+    if recipe.max_steps is None:  # else a trial, which need not learn
+        told = endless_warmup(recipe, total_steps)
+        told += milestones_beyond(recipe, steps_per_epoch, total_steps)
+        for text, advice in told:
+            warnings.warn(f"{text}; {advice}", UserNotice, stacklevel=2)
+    names = " and ".join(dataset.split for dataset in measured)
+    with Counts() as counts:
+        decode_images(measured, partial(counts.update, f"{names} images checked"))
