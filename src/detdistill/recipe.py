@@ -109,6 +109,7 @@ class Recipe(BaseModel):
     nodes: Positive = 1
     accelerator: Literal["auto", "cpu", "cuda"] = "auto"
     log_every: Positive = 10
+    trackers: list[Literal["tensorboard", "wandb", "trackio"]] = []
     eval_every: Positive = 1  # epochs
     checkpoint_every: Positive = 100  # steps
     eval_batch: BatchSize = 8

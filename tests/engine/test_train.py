@@ -172,6 +172,17 @@ def test_a_finished_run_returns_at_once(recipe, tmp_path, monkeypatch):
     assert again == first
 
 
+def test_a_setting_that_is_newer_than_the_run_had_its_default(recipe, tmp_path):
+    out = tmp_path / "run"
+    train(recipe(max_steps=2), out)
+    stored = out / "recipe.yaml"
+    assert "drop_empty: false\n" in stored.read_text()
+    stored.write_text(stored.read_text().replace("drop_empty: false\n", ""))
+    train(recipe(max_steps=2), out, resume=True)
+    with pytest.raises(UserError, match="holds a run with drop_empty: False, now it is True"):
+        train(recipe(max_steps=2, drop_empty=True), out, resume=True)
+
+
 def test_a_finished_run_needs_no_checkpoint(recipe, tmp_path):
     out = tmp_path / "run"
     first = train(recipe(max_steps=2), out)

@@ -114,6 +114,21 @@ def test_a_second_call_trains_and_tests_nothing(recipe, world, tmp_path):
     assert (out / "results.json").read_bytes() == before
 
 
+def test_a_setting_that_is_newer_than_the_study_had_its_default(recipe, world, tmp_path):
+    out = tmp_path / "study"
+    run_study(recipe, out)
+    world.trained.clear()
+    for stored in out.rglob("recipe.yaml"):
+        stored.write_text(stored.read_text().replace("drop_empty: false\n", ""))
+    state = json.loads((out / "study.json").read_text())
+    assert state["recipe"].pop("drop_empty") is False
+    (out / "study.json").write_text(json.dumps(state))
+    run_study(recipe, out)
+    assert world.trained == []
+    with pytest.raises(UserError, match="holds a study with drop_empty"):
+        run_study(recipe.model_copy(update={"drop_empty": True}), out)
+
+
 def test_an_interrupted_study_goes_on(recipe, world, tmp_path):
     out = tmp_path / "study"
     world.die_at = "crosskd/seed0"

@@ -15,6 +15,7 @@ from detdistill.data.transforms import eval_size
 from detdistill.detectors import FPNDetector, create_detector, load_detector
 from detdistill.detectors.factory import split_name
 from detdistill.distill import Distiller, create_method
+from detdistill.engine.trackers import require_trackers
 from detdistill.recipe import Recipe, split_teacher
 
 
@@ -39,6 +40,7 @@ class Parts:
 def build(recipe: Recipe) -> Parts:
     """Opens the data and puts student, teacher and methods together; refuses what cannot work."""
     split_name(recipe.student, {})
+    require_trackers(recipe)
     train, val = open_dataset(recipe, "train"), open_dataset(recipe, "val")
     require_same_classes(train, val)
     # The student comes first, so that a seed gives equal students with and without a teacher.

@@ -19,6 +19,7 @@ from detdistill.writing import written
 
 # Settings that change how a run is carried out, not what comes out of it.
 FREE = {"workers", "cache", "log_every", "checkpoint_every", "eval_batch", "accelerator"}
+FREE |= {"trackers"}
 
 LOCK_TRIES = 6  # half a second apart
 
@@ -105,16 +106,27 @@ def check_run(out: Path, recipe: Recipe, resume: bool) -> None:
     if stored.exists():
         if not resume:
             raise UserError(f"{out} holds another run; choose another --out, or add --resume")
-        before, now = read_yaml(stored), recipe.model_dump()
-        changed = [k for k in now if k not in FREE and before.get(k) != now[k]]
+        changed = changed_settings(stored, recipe)
         if changed:
-            key = changed[0]
+            key, (before, now) = next(iter(changed.items()))
             raise UserError(
-                f"{out} holds a run with {key}: {before.get(key)}, now it is {now[key]}; resume "
-                f"with the same recipe, or choose another --out"
+                f"{out} holds a run with {key}: {before}, now it is {now}; resume with the same "
+                f"recipe, or choose another --out"
             )
     elif out.exists() and (not out.is_dir() or any(p.suffix != ".tmp" for p in out.iterdir())):
         raise UserError(f"{out} is no run folder and not empty; choose another --out")
+
+
+def changed_settings(stored: Path, recipe: Recipe) -> dict[str, tuple[Any, Any]]:
+    """What a run's recipe file had and the recipe has, by the settings that shape the result.
+
+    A setting that the file lacks, because it is newer than the run, had its default.
+    """
+    before, now = (
+        {**Recipe.model_validate({}).model_dump(), **read_yaml(stored)},
+        recipe.model_dump(),
+    )
+    return {k: (before[k], now[k]) for k in now if k not in FREE and before[k] != now[k]}
 
 
 def check_inputs(out: Path, state: dict[str, Any] | None, inputs: dict[str, str]) -> None:

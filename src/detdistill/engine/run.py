@@ -28,6 +28,7 @@ from detdistill.engine.checkpoint import (
 from detdistill.engine.distributed import gathered, random_states, restore_random_state
 from detdistill.engine.log import MetricsFile, RunDisplay, TermWindow
 from detdistill.engine.optim import make_optimizer, run_length
+from detdistill.engine.trackers import Tracker, curves, open_trackers
 from detdistill.errors import UserError
 from detdistill.evaluation.coco import CocoMetrics
 from detdistill.evaluation.run import evaluate_dataset, knows_classes
@@ -103,6 +104,7 @@ class Run:
                 raise unusable_checkpoint(self._checkpoint, type(error).__name__) from None
         self._refuse_unequal_steps()
         self.metrics: MetricsFile | None = None
+        self.trackers: list[Tracker] = []
         self.window = TermWindow(out)
         title = "/".join(out.parts[-2:])
         self.display = RunDisplay(title, self.total_steps, self.step, quiet=not self.speaks)
@@ -116,6 +118,7 @@ class Run:
         """From here on the run writes into its folder and shows how far it is."""
         if self.speaks:
             self.metrics = MetricsFile(self.out / "metrics.jsonl", self.step)
+            self.trackers = open_trackers(self.recipe, self.out, self.step)
         self.display.open()
 
     @property
@@ -194,6 +197,8 @@ class Run:
         if self.metrics is not None:
             place = {"step": self.step, "epoch": self.step / self.steps_per_epoch}
             self.metrics.write({"kind": kind, **place, **values})
+        for tracker in self.trackers:
+            tracker.log(curves(kind, values), self.step)
 
     def _evaluate(self) -> None:
         """AP on val by the first process; the best student so far is kept."""
@@ -267,6 +272,8 @@ class Run:
     def close(self) -> None:
         """Ends the display; a checkpoint whose loss was never seen goes."""
         self.display.close()
+        for tracker in self.trackers:
+            tracker.close()
         if self._unproven:
             drop_next_checkpoint(self._checkpoint)
 

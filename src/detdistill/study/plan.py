@@ -127,7 +127,9 @@ def scaled_epochs(recipe: Recipe, epochs: int) -> Recipe:
 
 def _refuse_difference(path: Path, state: dict[str, Any], settings: dict[str, Any]) -> None:
     """`UserError` that names the first setting in which the stored study differs."""
-    old, new = dict(state["recipe"]), dict(settings["recipe"])
+    # A setting that is newer than the study had its default.
+    old = Recipe.model_validate({}).model_dump(mode="json") | dict(state["recipe"])
+    new = dict(settings["recipe"])
     pairs = [(key, old.get(key), new.get(key)) for key in new if key not in FREE]
     pairs += [(key, state[key], settings[key]) for key in ("teacher", "teacher_epochs")]
     pairs += [

@@ -15,7 +15,7 @@ import torch
 
 from detdistill.data import open_dataset
 from detdistill.detectors import FPNDetector, load_detector
-from detdistill.engine.checkpoint import write_json, write_text
+from detdistill.engine.checkpoint import changed_settings, write_json, write_text
 from detdistill.engine.run import finished_run
 from detdistill.engine.train import train
 from detdistill.errors import UserError
@@ -103,7 +103,7 @@ def require_success(code: int, message: str) -> None:
 def is_finished(recipe: Recipe, folder: Path) -> bool:
     """Whether this very run is done: opening the training data again would only cost time."""
     stored = folder / "recipe.yaml"
-    same = stored.exists() and stored.read_text(encoding="utf-8") == dump_recipe(recipe)
+    same = stored.exists() and not changed_settings(stored, recipe)
     return same and finished_run(folder) is not None
 
 
