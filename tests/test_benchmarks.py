@@ -23,6 +23,16 @@ def test_a_step_is_timed(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capture
     assert "CrossKD" in printed
 
 
+def test_the_evaluation_is_timed(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setattr(sys, "argv", "evaluator.py --images 3 --detections 5 --repeats 2".split())
+    runpy.run_path(str(BENCHMARKS / "evaluator.py"), run_name="__main__")
+    printed = capsys.readouterr().out
+    assert printed.startswith("3 images x 5 detections: ")
+    assert " s (median of 2) on " in printed
+
+
 def test_a_slice_ends_in_time_and_packs_what_is_needed(tmp_path, monkeypatch) -> None:
     monkeypatch.syspath_prepend(BENCHMARKS)
     study = runpy.run_path(str(BENCHMARKS / "slice.py"))

@@ -1,4 +1,5 @@
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -112,3 +113,17 @@ def test_covered_objects_stay_visible():
     for number, pixels in enumerate(objects._pixels):
         seen = int((objects._owner == number).sum())
         assert seen >= synthetic.MIN_VISIBLE * pixels
+
+
+PINNED = json.loads(Path(__file__).with_name("scenes_of_seed_0.json").read_text())
+
+
+@pytest.mark.parametrize("pinned", PINNED["scenes"], ids=lambda scene: scene["split"])
+def test_a_version_draws_the_same_scenes_for_ever(pinned):
+    """Whoever changes the scenes raises `VERSION` and draws the file anew: results depend on it."""
+    assert synthetic.VERSION == PINNED["version"]
+    scene = synthetic.draw_scene(0, pinned["split"], pinned["index"])
+    assert scene.labels == pinned["labels"]
+    np.testing.assert_allclose(scene.boxes_xyxy, pinned["boxes_xyxy"], rtol=0, atol=1e-3)
+    blocks = np.asarray(scene.image).reshape(8, 24, 8, 24, 3).mean((1, 3, 4))
+    np.testing.assert_allclose(blocks, pinned["block_means"], rtol=0, atol=0.2)

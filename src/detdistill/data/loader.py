@@ -12,10 +12,11 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import count
 from typing import Any
 
 import numpy as np
@@ -59,7 +60,7 @@ class TrainBatches:
 
     def batches(self, first_step: int) -> Generator[Batch, None, None]:
         """Endless batches from a global step on; closing the iterator ends its workers."""
-        return load_batches(self._samples, _KeyBatches(self, first_step), self._recipe)
+        return load_batches(self._samples, map(self.keys, count(first_step)), self._recipe)
 
     def keys(self, step: int) -> list[Key]:
         """This process's slice of the batch of a step."""
@@ -114,20 +115,6 @@ def make_train_batches(
     return TrainBatches(dataset, recipe, rank, world_size)
 
 
-class _KeyBatches:
-    """The endless batch sampler of a `DataLoader`."""
-
-    def __init__(self, source: TrainBatches, first_step: int) -> None:
-        self._source = source
-        self._first_step = first_step
-
-    def __iter__(self) -> Iterator[list[Key]]:
-        step = self._first_step
-        while True:
-            yield self._source.keys(step)
-            step += 1
-
-
 @dataclass(frozen=True)
 class Packed:
     """A batch on its way out of a worker.
@@ -166,10 +153,8 @@ class Samples(Dataset[Any]):
         """A batch, or what is wrong with it."""
         try:
             return self.pack(keys)
-        except (
-            UserError
-        ) as error:  # raised again by `load_batches`: the loader would add a traceback
-            return error
+        except UserError as error:
+            return error  # raised again by `load_batches`: the loader would add a traceback
 
     def pack(self, keys: list[Key]) -> Packed:
         """A batch with the objects of its images as targets."""
@@ -228,7 +213,9 @@ def _fits_in_memory(dataset: DetectionDataset, recipe: Recipe) -> bool:
     return needed * recipe.devices <= AUTO_CACHE_BYTES  # each process holds its own
 
 
-def load_batches(samples: Samples, keys: Any, recipe: Recipe) -> Generator[Batch, None, None]:
+def load_batches(
+    samples: Samples, keys: Iterable[list[Key]], recipe: Recipe
+) -> Generator[Batch, None, None]:
     """The batches of lists of keys, prepared by the recipe's workers, at most one a core."""
     loader: DataLoader[Any] = DataLoader(
         samples,

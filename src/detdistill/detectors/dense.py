@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +13,6 @@ from detdistill.detectors.inference import detect_image
 from detdistill.detectors.proposals import NMS_THRESHOLD, propose
 from detdistill.parts.anchors import AnchorGrid, PointGrid, cells_on_image
 from detdistill.parts.assigners import IGNORED, take_matches
-from detdistill.parts.fpn import ExtraFrom
 from detdistill.parts.heads import Tower
 from detdistill.parts.losses import Reduce, mean_over_processes
 from detdistill.structures import (
@@ -33,20 +33,12 @@ class DenseDetector(FPNDetector):
     with a quality branch also `quality_tower`, the tower it sits on, and `predict_quality`.
 
     Args:
-        backbone: a timm model name.
-        num_classes: K.
-        pretrained: ImageNet weights for the backbone.
-        base_channels: width of a ResNet's first stage; 64 is full.
-        frozen_stages: backbone stages without training.
-        norm_eval: BatchNorm on stored statistics while training.
-        fpn_channels: channels of the pyramid.
-        fpn_extra: where the two coarse levels start.
         tower_channels: channels of the towers.
         tower_depth: blocks in each tower.
         group_norm: GroupNorm in the towers.
         grid: the anchors or points.
         reduce: whether normalisers are averaged over processes ("global") or not ("local").
-        fpn_group_norm: GroupNorm in the pyramid.
+        body: keywords of `FPNDetector`.
     """
 
     box_coding: str
@@ -58,37 +50,19 @@ class DenseDetector(FPNDetector):
     def __init__(
         self,
         *,
-        backbone: str,
-        num_classes: int,
-        pretrained: bool,
-        base_channels: int,
-        frozen_stages: int,
-        norm_eval: bool,
-        fpn_channels: int,
-        fpn_extra: ExtraFrom,
         tower_channels: int,
         tower_depth: int,
         group_norm: bool,
         grid: AnchorGrid | PointGrid,
         reduce: Reduce,
-        fpn_group_norm: bool = False,
+        **body: Any,
     ) -> None:
         """Builds the shared parts."""
-        super().__init__(
-            backbone=backbone,
-            num_classes=num_classes,
-            pretrained=pretrained,
-            base_channels=base_channels,
-            frozen_stages=frozen_stages,
-            norm_eval=norm_eval,
-            fpn_channels=fpn_channels,
-            fpn_extra=fpn_extra,
-            fpn_group_norm=fpn_group_norm,
-        )
+        super().__init__(**body)
         self.grid, self.reduce = grid, reduce
         self.towers = nn.ModuleDict(
             {
-                branch: Tower(fpn_channels, tower_channels, tower_depth, group_norm)
+                branch: Tower(self.pyramid_channels, tower_channels, tower_depth, group_norm)
                 for branch in ("cls", "box")
             }
         )
