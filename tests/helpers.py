@@ -1,8 +1,10 @@
 """Small detectors and batches that tests share."""
 
 import inspect
+import json
 
 import torch
+from PIL import Image
 
 from detdistill import Batch, create_detector
 from detdistill.detectors.dense import DenseDetector
@@ -17,6 +19,25 @@ DENSE_R18 = [
 ]
 TWO_STAGE_R18 = [name for name in FAMILIES_R18 if name not in DENSE_R18]
 NARROW_HEADS = {"tower_channels": 16, "roi_channels": 32}
+
+
+BROKEN = "broken.png: the image is damaged"
+
+
+def break_an_image(folder, split):
+    """Spoils the middle of an image of a COCO folder, which looks whole; returns its file."""
+    source = folder / "annotations" / f"{split}.json"
+    values = json.loads(source.read_text())
+    entry = values["images"][len(values["images"]) // 2]
+    image = Image.open(folder / "images" / entry["file_name"])
+    file = folder / "images" / "broken.png"  # of a JPEG no decoder would tell
+    image.save(file)
+    entry["file_name"] = file.name
+    source.write_text(json.dumps(values))
+    content = file.read_bytes()
+    middle = len(content) // 2
+    file.write_bytes(content[:middle] + bytes(99) + content[middle + 99 :])
+    return file
 
 
 def narrow_options(name):

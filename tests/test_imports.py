@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import ast
 import os
+import re
 import subprocess
 import sys
+import tomllib
+from importlib.metadata import packages_distributions
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -101,6 +104,35 @@ def test_imports_point_one_way(path: Path) -> None:
     own = room(path)
     allowed = BASE_MAY_IMPORT[own] if own in BASE else MAY_IMPORT[own] | {own}
     assert imported_rooms(path) - allowed == set()
+
+
+def test_every_imported_package_is_declared() -> None:
+    project = tomllib.loads((PACKAGE.parent.parent / "pyproject.toml").read_text())["project"]
+    wanted = [*project["dependencies"], *project["optional-dependencies"]["export"]]
+    declared = {plain(re.split(r"[\[<>=~!; ]", requirement)[0]) for requirement in wanted}
+    provided_by = packages_distributions()
+    undeclared = {
+        f"{path.relative_to(PACKAGE)}: {module}"
+        for path in PACKAGE.rglob("*.py")
+        for module in top_modules(path) - sys.stdlib_module_names - {"detdistill"}
+        if not declared & {plain(name) for name in provided_by.get(module, [])}
+    }
+    assert undeclared == set()
+
+
+def plain(distribution: str) -> str:
+    return distribution.lower().replace("_", "-")
+
+
+def top_modules(path: Path) -> set[str]:
+    """First parts of the names of all modules that a file imports."""
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names.add(node.module or "")
+    return {name.partition(".")[0] for name in names}
 
 
 HELP = """

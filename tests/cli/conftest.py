@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +17,8 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureF
     """Runs `detdistill` in an empty folder; returns exit code, stdout and stderr."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "200")
+    # On a slow machine a command that others find quick would tell how far it is.
+    monkeypatch.setattr("detdistill.progress.LINE_SECONDS", math.inf)
 
     def run(*arguments: str) -> tuple[int, str, str]:
         capsys.readouterr()

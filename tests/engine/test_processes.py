@@ -11,11 +11,11 @@ import time
 
 import pytest
 import torch
-from PIL import Image
 
 from detdistill import load_detector
 from detdistill.engine.train import train
 from detdistill.recipe import dump_recipe
+from tests.helpers import BROKEN, break_an_image
 
 
 def command(recipe, out, folder, *more):
@@ -128,21 +128,6 @@ def test_two_processes_resume_with_their_own_random_states(recipe, tmp_path):
         assert torch.equal(value, two.state_dict()[key]), key
 
 
-def break_an_image(folder):
-    """One that looks whole, so that a single process finds it broken in the middle of its run."""
-    source = folder / "annotations" / "train.json"
-    values = json.loads(source.read_text())
-    entry = values["images"][5]
-    file = folder / "images" / entry["file_name"]
-    entry["file_name"] = "broken.png"
-    source.write_text(json.dumps(values))
-    Image.open(file).save(file.with_name("broken.png"))
-    content = file.with_name("broken.png").read_bytes()
-    middle = len(content) // 2
-    file.with_name("broken.png").write_bytes(content[:middle] + bytes(99) + content[middle + 99 :])
-    return "broken.png: the image is damaged"
-
-
 def occupy(out):
     out.mkdir()
     (out / "notes.txt").write_text("mine")
@@ -152,7 +137,9 @@ def occupy(out):
 @pytest.mark.parametrize("found_by", ["the first process alone", "one in the middle"])
 def test_several_processes_say_one_sentence(recipe, data, tmp_path, found_by):
     folder, out = shutil.copytree(data, tmp_path / "data"), tmp_path / "run"
-    sentence = occupy(out) if found_by == "the first process alone" else break_an_image(folder)
+    sentence = occupy(out) if found_by == "the first process alone" else BROKEN
+    if sentence == BROKEN:
+        break_an_image(folder, "train")  # a single process finds it in the middle of its run
     settings = recipe(data=str(folder), cache="none", devices=2, workers=1)
     done = subprocess.run(
         command(settings, out, tmp_path),

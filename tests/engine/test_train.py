@@ -6,6 +6,7 @@ import warnings
 
 import pytest
 import torch
+from PIL import Image
 
 import detdistill.engine.train as engine
 from detdistill import Distiller, UserError, load_detector
@@ -13,6 +14,7 @@ from detdistill.engine import checkpoint
 from detdistill.engine.optim import learning_rate
 from detdistill.engine.train import train
 from detdistill.errors import UserNotice
+from tests.helpers import BROKEN, break_an_image
 
 
 def lines(out, kind):
@@ -353,23 +355,14 @@ def test_the_loss_after_the_last_step_leaves_no_trace(recipe, tmp_path, monkeypa
     assert_same_weights(tmp_path / "seen", tmp_path / "unseen")
 
 
-def damage(file):
-    """Spoils the middle of a PNG, as a bad disk does; header and end are whole."""
-    content = file.read_bytes()
-    middle = len(content) // 2
-    file.write_bytes(content[:middle] + bytes(40) + content[middle + 40 :])
-
-
 def test_a_broken_val_image_is_found_before_training(recipe, data, tmp_path, monkeypatch):
     folder, out = shutil.copytree(data, tmp_path / "mine"), tmp_path / "run"
-    file = max((folder / "images").glob("val_*"))
-    whole = file.read_bytes()
-    damage(file)
+    file = break_an_image(folder, "val")
     settings = recipe(data=str(folder), max_steps=1)
-    with pytest.raises(UserError, match=rf"{file.name}: the image is damaged"):
+    with pytest.raises(UserError, match=BROKEN):
         train(settings, out)
     assert not out.exists()
-    file.write_bytes(whole)
+    Image.new("RGB", (64, 64)).save(file)
     train(settings, out)
     monkeypatch.setattr("detdistill.engine.run.look_ahead", lambda *_: pytest.fail("looked again"))
     train(settings, tmp_path / "one_of_a_study", resume=True)

@@ -9,6 +9,7 @@ import yaml
 
 from detdistill.engine import checkpoint
 from detdistill.errors import UserError, UserNotice
+from tests.helpers import BROKEN, break_an_image
 from tests.study.fabricated_study import TINY, run_study
 
 
@@ -261,16 +262,10 @@ def test_a_test_split_with_nothing_to_find(recipe, world, tmp_path, data_folder)
 @pytest.mark.parametrize("split", ["val", "test"])
 def test_a_broken_image_is_found_before_any_training(recipe, world, tmp_path, data_folder, split):
     folder, out = shutil.copytree(data_folder, tmp_path / "mine"), tmp_path / "study"
-    file = max((folder / "images").glob(f"{split}_*"))
-    whole = file.read_bytes()
-    middle = len(whole) // 2
-    file.write_bytes(whole[:middle] + bytes(40) + whole[middle + 40 :])
-    settings = recipe.model_copy(update={"data": str(folder)})
-    with pytest.raises(UserError, match=rf"{file.name}: the image is damaged"):
-        run_study(settings, out)
+    break_an_image(folder, split)
+    with pytest.raises(UserError, match=BROKEN):
+        run_study(recipe.model_copy(update={"data": str(folder)}), out)
     assert not out.exists() and world.trained == []
-    file.write_bytes(whole)
-    run_study(settings, out)
 
 
 def test_a_new_study_tells_of_its_schedule(recipe, world, tmp_path):
