@@ -234,7 +234,14 @@ def test_mmdetection_keys_and_shapes_say_the_options(family, extra, tmp_path):
 OTHER_BACKBONES = ["r18_caffe", "mobilenetv2", "mobilenetv2_head", "swin_t"]
 
 
-@pytest.mark.parametrize("name", [*FAMILIES_R18, *(f"retinanet_{b}" for b in OTHER_BACKBONES)])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *FAMILIES_R18,
+        *(f"retinanet_{b}" for b in OTHER_BACKBONES),
+        pytest.param("retinanet_x101_32x4d", marks=pytest.mark.slow),  # nothing narrows it
+    ],
+)
 def test_round_trip_over_mmdetections_names(name, tmp_path):
     detector = narrow(name)
     state = to_mmdetection_state(detector)
@@ -313,6 +320,10 @@ def test_files_without_batch_norm_counters_load(tmp_path):
         ("gfl", {"backbone": "mobilenetv3_small_050_caffe"}, "only ResNets have a caffe-style"),
         ("gfl", {"backbone": "resnet999"}, "no backbone 'resnet999'"),
         ("gfl", {"backbone": "resent50"}, "did you mean resnet50"),
+        ("gfl", {"backbone": "r18"}, r"no backbone 'r18'; did you mean resnet18\?$"),
+        ("gfl", {"backbone": "R50_caffe"}, r"did you mean resnet50_caffe\?$"),
+        ("gfl", {"backbone": "r81"}, "no backbone 'r81'; did you mean resnet18"),
+        ("gfl", {"backbone": "mobilenetv3"}, r"did you mean mobilenetv2_100, mobilenetv3_large"),
         ("gfl", {"backbone": "maxvit_tiny_tf_224"}, "does not take images of any size.*by window"),
         ("gfl", {"backbone": "inception_v3"}, r"makes maps of \[13, 6, 2\] cells from 128 pixels"),
         ("GFL_R18", {}, "did you mean 'gfl_r18'"),

@@ -65,6 +65,8 @@ def test_another_or_a_truncated_file_is_not_kept(server, answer, message, tmp_pa
     server.answer = answer
     with pytest.raises(UserError, match=message):
         zoo.fetch(NAME, tmp_path)
+    with pytest.raises(UserError, match=message):
+        zoo.fetch(NAME, tmp_path / "new" / "folder")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -89,9 +91,10 @@ def test_without_a_network_it_says_what_to_do(server, error, reason, tmp_path):
 
     server.answer = fail
     with pytest.raises(UserError, match=rf"could not be fetched \(.*{reason}") as told:
-        zoo.fetch(NAME, tmp_path)
+        zoo.fetch(NAME, tmp_path / "new")
+    assert list(tmp_path.iterdir()) == []
     assert "download https://download.openmmlab.com/" in str(told.value)
-    assert str(tmp_path / "gfl_r50-") in str(told.value)
+    assert str(tmp_path / "new" / "gfl_r50-") in str(told.value)
 
 
 def test_unverified_addresses_and_unknown_names(tmp_path):

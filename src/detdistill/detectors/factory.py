@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from detdistill.detectors.backbone_weights import load_backbone
 from detdistill.detectors.base import FPNDetector
 from detdistill.detectors.registry import BACKBONES, FAMILIES
 from detdistill.errors import UserError
+from detdistill.parts.backbones import CAFFE, HEAD_FORM, close_models, unknown_model
 from detdistill.registry import checked_keywords, nearest
 
 GROUP_NORM = "_gn"
@@ -58,6 +60,7 @@ def create_detector(
     """
     family, options = split_name(name, options)
     keywords = checked_keywords(f"detector {family!r}", FAMILIES.get(family), options)
+    _check_backbone(keywords["backbone"])
     if backbone_weights is not None and keywords["pretrained"]:
         raise UserError("pretrained=True and backbone_weights both fill the backbone; keep one")
     detector = FAMILIES.get(family)(num_classes, **keywords)
@@ -66,6 +69,16 @@ def create_detector(
     if backbone_weights is not None:
         load_backbone(detector.backbone, backbone_weights, keywords["backbone"])
     return detector
+
+
+def _check_backbone(name: str) -> None:
+    """`UserError` where a short name of ours, or nearly one, stands instead of timm's."""
+    if timm.is_model(name.removesuffix(CAFFE).removesuffix(HEAD_FORM)):
+        return
+    if name.lower() in BACKBONES:
+        raise unknown_model(name, [BACKBONES[name.lower()]])
+    ours = [BACKBONES[short] for short in difflib.get_close_matches(name, BACKBONES, n=1)]
+    raise unknown_model(name, [*ours, *close_models(name)])
 
 
 def split_name(name: str, options: dict[str, Any]) -> tuple[str, dict[str, Any]]:

@@ -8,6 +8,7 @@ import os
 import urllib.error
 import urllib.request
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
@@ -253,6 +254,7 @@ def fetch(
         _check(digest, checkpoint, str(target), ": delete it and fetch again")
         return target
     partial = target.with_name(f"{target.name}.{os.getpid()}.part")
+    made = [place for place in (target.parent, *target.parent.parents) if not place.exists()]
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         digest = _download(checkpoint.address, partial, progress or (lambda done, total: None))
@@ -262,6 +264,9 @@ def fetch(
         raise UserError(_unreachable(checkpoint, target, error)) from None
     finally:
         partial.unlink(missing_ok=True)
+        with suppress(OSError):  # nothing half-made is left; what holds a file stays
+            for place in made:
+                place.rmdir()
     return target
 
 

@@ -176,10 +176,7 @@ def _create(
     name: str, pretrained: bool, base_channels: int, strides: tuple[int, ...], leaky: bool
 ) -> Any:
     if not timm.is_model(name):
-        known = timm.list_models()
-        close = [k for k in known if name in k] or difflib.get_close_matches(name, known)
-        hint = f"; did you mean {', '.join(close[:3])}?" if close else "; see timm.list_models()"
-        raise UserError(f"timm knows no backbone {name!r}{hint}")
+        raise unknown_model(name, close_models(name))
     if base_channels != 64:
         return _narrow_resnet(name, pretrained, base_channels, strides)
     options = {"act_layer": _leaky_relu} if leaky else swin_options(name)
@@ -195,6 +192,18 @@ def _create(
             f"{' '.join(str(error).split())[:200]}; without the network give the file of "
             f"{name}'s weights as backbone_weights, or use pretrained=False"
         ) from None
+
+
+def close_models(name: str) -> list[str]:
+    """Those of timm's names that hold an unknown one, else those that resemble it."""
+    known = timm.list_models()
+    return [k for k in known if name in k] or difflib.get_close_matches(name, known)
+
+
+def unknown_model(name: str, close: list[str]) -> UserError:
+    """What is said of a name that timm does not know."""
+    hint = f"; did you mean {', '.join(close[:3])}?" if close else "; see timm.list_models()"
+    return UserError(f"timm knows no backbone {name!r}{hint}")
 
 
 def _stride_first(body: Any, name: str, pretrained: bool) -> None:
