@@ -13,6 +13,7 @@ import pytest
 
 from tests.cli.conftest import Run
 from tests.cli.test_cli_runs import save_foreign
+from tests.data.test_image_files import bomb
 
 SMALL = [
     *("--set", "max_steps=1", "--set", "resize_short=[64]", "--set", "resize_long=64"),
@@ -158,6 +159,18 @@ DATA_FAULTS: dict[str, tuple[Callable[[Path], object], list[str]]] = {
     "not COCO": (lambda f: (f / "annotations/train.json").write_text("[1, 2]"), ["train.json"]),
     "no box": (edit(lambda v: v.update(annotations=[])), ["train.json"]),
     "duplicate image id": (edit(lambda v: v["images"].append(v["images"][0])), ["train.json"]),
+    "duplicate annotation id": (
+        edit(lambda v: v["annotations"].append(v["annotations"][0])),
+        ["train.json: annotation id", "occurs twice"],
+    ),
+    "other categories": (
+        edit(lambda v: v["categories"][0].update(name="zebra")),
+        ["val.json", "train.json", "'zebra'", "all splits need the same categories"],
+    ),
+    "empty folder": (
+        lambda f: [shutil.rmtree(f), f.mkdir()],
+        ["my_coco: the data folder is empty", "annotations/train.json"],
+    ),
     "leaves the folder": (
         edit(lambda v: v["images"][0].update(file_name="../../secret.jpg")),
         ["secret.jpg"],
@@ -165,6 +178,10 @@ DATA_FAULTS: dict[str, tuple[Callable[[Path], object], list[str]]] = {
     "missing image": (lambda f: first_image(f).unlink(), ["train_000000"]),
     "empty image": (lambda f: first_image(f).write_bytes(b""), ["train_000000"]),
     "not an image": (lambda f: first_image(f).write_text("hello"), ["train_000000"]),
+    "bomb": (
+        lambda f: first_image(f).write_bytes(bomb(60_000, 60_000)),
+        ["train_000000", "megapixels, the limit is 100"],
+    ),
     "truncated image": (
         lambda f: first_image(f).write_bytes(first_image(f).read_bytes()[:400]),
         ["train_000000"],
