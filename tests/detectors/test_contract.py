@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from detdistill import create_detector, list_detectors, load_detector, save_detector
 from detdistill.boxes import clip_xyxy, elementwise_iou
@@ -98,6 +99,44 @@ def test_bfloat16_gives_about_the_same_losses(name):
         half = detector.loss(detector(batch), targets, assignment)
     for term, value in full.items():
         assert half[term].item() == pytest.approx(value.item(), rel=0.05, abs=1e-3), term
+
+
+@pytest.mark.parametrize("name", R18)
+def test_predicts_in_bfloat16(name):
+    detector = narrow(name).eval()
+    images = [torch.randint(0, 256, (3, 50, 99), dtype=torch.uint8)]
+    [full] = detector.predict(images, score_threshold=0)
+    with torch.autocast("cpu", torch.bfloat16):
+        [half] = detector.predict(images, score_threshold=0)
+    assert half.boxes_xyxy.dtype == half.scores.dtype == torch.float32
+    assert half.boxes_xyxy.isfinite().all()
+    assert ((half.boxes_xyxy >= 0) & (half.boxes_xyxy <= torch.tensor([99, 50, 99, 50]))).all()
+    # Rounding may change what NMS keeps further down.
+    assert len(half) >= 5
+    torch.testing.assert_close(half.scores[:5], full.scores[:5], rtol=0.05, atol=1e-3)
+
+
+class CountOps(TorchDispatchMode):
+    """How many operations torch runs."""
+
+    ran = 0
+
+    def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
+        self.ran += 1
+        return function(*arguments, **(keywords or {}))
+
+
+@pytest.mark.parametrize("name", DENSE_R18)
+def test_nothing_runs_image_by_image(name):
+    """As many operations for six images as for two."""
+    detector, counts = narrow(name), []
+    for images in (2, 6):
+        batch = make_batch((2,) * images)
+        output, targets = detector(batch), batch.padded_targets()
+        with CountOps() as ops:
+            detector.loss(output, targets, detector.assign(output, targets))
+        counts.append(ops.ran)
+    assert counts[0] == counts[1] > 0
 
 
 @pytest.mark.parametrize("name", DENSE_R18)
@@ -199,6 +238,24 @@ def test_any_timm_backbone_by_stride():
         assert [level.shape[-1] for level in detector(batch).pyramid] == [24, 12, 6, 3, 2]
 
 
+@pytest.mark.parametrize(
+    "backbone",
+    [
+        "convnext_atto",
+        "efficientnet_b0",
+        "hgnetv2_b0",
+        "mobilenetv3_small_050",
+        "mobilenetv4_conv_small_035",
+        "repvit_m0_9",
+    ],
+)
+def test_a_small_backbone_of_each_family_of_timms(backbone):
+    detector = create_detector("gfl", 3, backbone=backbone, fpn_channels=16, tower_channels=16)
+    trains_a_step(detector, make_batch(size=(64, 64)))
+    [found] = detector.predict([torch.randint(0, 256, (3, 50, 64))], score_threshold=0)
+    assert len(found) > 0 and found.boxes_xyxy.isfinite().all() and found.scores.isfinite().all()
+
+
 @pytest.mark.parametrize("short", BACKBONES)
 def test_every_backbone_under_one_detector(short, tmp_path):
     holds_the_contract(f"retinanet_{short}", tmp_path)
@@ -250,6 +307,7 @@ def resumes_at_every_depth(detector):
         resumed = detector.head_from(tower, depth)
         torch.testing.assert_close(resumed.logits, output.predictions.logits)
         torch.testing.assert_close(resumed.boxes, output.predictions.boxes)
+        torch.testing.assert_close(resumed.quality, output.predictions.quality)
 
 
 def test_frozen_stages_and_stored_statistics():
