@@ -19,6 +19,7 @@ from detdistill import UserError, as_detector, load_detector, save_detector
 from detdistill.detectors import torchvision_models
 from detdistill.errors import UserNotice
 from tests.detectors.test_two_stage_views import lively as two_stage
+from tests.detectors.test_two_stage_views import tame
 from tests.detectors.test_views import lively
 from tests.helpers import make_batch
 
@@ -31,11 +32,7 @@ def build(kind, classes=4, norm=FrozenBatchNorm2d, **options):
         )
         make = getattr(detection, f"fasterrcnn_{name}")
         model = make(weights=None, weights_backbone=None, num_classes=classes, **options)
-        predictor = two_stage(model).roi_heads.box_predictor
-        with torch.no_grad():  # deep random features are large: classes and boxes would be extreme
-            for layer in (model.rpn.head.bbox_pred, predictor.bbox_pred, predictor.cls_score):
-                layer.weight.mul_(1e-3)
-        return model.eval()
+        return tame(two_stage(model)).eval()
     backbone = resnet_fpn_backbone(
         backbone_name="resnet18",
         weights=None,
