@@ -2,6 +2,7 @@
 
 import inspect
 import json
+from pathlib import Path
 
 import torch
 from PIL import Image
@@ -68,3 +69,9 @@ def make_batch(counts=(2, 1), size=(64, 96), num_classes=3, seed=0):
         labels = torch.randint(0, num_classes, (count,), generator=generator)
         targets.append({"boxes": torch.cat((low, low + side), 1), "labels": labels})
     return Batch(images.to(torch.uint8), sizes, targets, list(range(len(counts))))
+
+
+def is_alive(pid):
+    """Whether a process, given by its number as text, still runs."""
+    status = Path(f"/proc/{pid}/stat")
+    return status.exists() and status.read_text().rsplit(")", 1)[1].split()[0] != "Z"

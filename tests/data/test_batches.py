@@ -4,7 +4,6 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +13,7 @@ from detdistill.data.dataset import DetectionDataset
 from detdistill.errors import UserError
 from detdistill.recipe import Recipe
 from detdistill.structures import Batch
+from tests.helpers import is_alive
 
 BASE = {
     "resize_short": [32, 48],
@@ -299,8 +299,3 @@ def test_workers_end_with_a_killed_run(data):
             break
         time.sleep(0.1)
     assert alive == []
-
-
-def is_alive(pid: str) -> bool:
-    status = Path(f"/proc/{pid}/stat")
-    return status.exists() and status.read_text().rsplit(")", 1)[1].split()[0] != "Z"

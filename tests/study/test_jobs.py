@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -14,6 +15,7 @@ from detdistill.errors import UserError
 from detdistill.study import jobs
 from detdistill.study.compare import compare
 from detdistill.study.jobs import Jobs
+from tests.helpers import is_alive
 
 # Tells that it is there, then waits for as many others as it was told.
 MEETING = """
@@ -90,6 +92,24 @@ def test_ctrl_c_stops_all_of_them(run_program, capfd):
     finally:
         signal.signal(signal.SIGINT, before)
     assert time.monotonic() - begin < 30
+
+
+def test_a_run_ends_with_a_killed_study():
+    # The study's process starts a run, tells of it, and waits; the run would take 10 minutes.
+    run = "import time; from detdistill.study import worker as w; w.read_yaml = time.sleep; "
+    run += "print(w.os.getpid(), flush=True); w.Path = lambda path: 600; w.main(['r', 'f'])"
+    study = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {run!r}])"
+    with subprocess.Popen([sys.executable, "-c", study], stdout=subprocess.PIPE, text=True) as it:
+        assert it.stdout is not None
+        number = it.stdout.readline().strip()
+        assert is_alive(number)
+        it.kill()
+    for _ in range(100):
+        if not is_alive(number):
+            return
+        time.sleep(0.1)
+    os.kill(int(number), signal.SIGKILL)
+    pytest.fail("the run went on after the study had been killed")
 
 
 def test_one_job_runs_here_and_in_order():

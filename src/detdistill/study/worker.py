@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
+from detdistill.data.loader import end_with_parent
 from detdistill.engine.train import train
 from detdistill.errors import UserError, tells
 from detdistill.recipe import read_yaml, validate_recipe
@@ -14,9 +16,11 @@ from detdistill.study.runs import train_and_test
 def main(arguments: list[str]) -> int:
     """Trains or resumes, and tests; 2 when the user has to change something, 130 when interrupted.
 
-    A run on several devices, in each of whose processes this program runs, is tested by the study.
+    It ends with the study, also with one that was killed. A run on several devices, in each of
+    whose processes this program runs, is tested by the study.
     """
     recipe_file, folder = arguments
+    end_with_parent(os.getppid())
     try:
         recipe = validate_recipe(read_yaml(Path(recipe_file)), recipe_file)
         if recipe.devices > 1:
