@@ -221,6 +221,7 @@ def test_a_download_with_another_hash(run: Run, monkeypatch: pytest.MonkeyPatch)
     assert zoo.find_checkpoint(CHECKPOINT).address in told and not os.path.exists("cache")
     entry = replace(zoo.find_checkpoint(CHECKPOINT), file="gfl_r50-00000000.pth")
     monkeypatch.setattr(zoo, "CHECKPOINTS", (entry,))
+    Path("cache").mkdir()
     Path("cache/gfl_r50-00000000.pth").write_bytes(b"truncated")
     refused(run, ["fetch", CHECKPOINT, "--out", "cache"], "SHA-256", "delete it and fetch again")
     assert Path("cache/gfl_r50-00000000.pth").read_bytes() == b"truncated"
