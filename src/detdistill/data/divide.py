@@ -83,22 +83,24 @@ def _units(dataset: DetectionDataset, group: str | None) -> list[_Unit]:
 
 def _stratified(units: Sequence[_Unit], shares: Mapping[str, float]) -> list[tuple[_Unit, str]]:
     """Each unit with the split it goes to."""
-    total: Counter[int] = sum((unit.classes for unit in units), Counter())
+    left: Counter[int] = Counter()  # how many of the waiting images show each class
+    for unit in units:
+        left.update(unit.classes)
     lacks = {
-        name: {c: share * count for c, count in total.items()} for name, share in shares.items()
+        name: {c: share * count for c, count in left.items()} for name, share in shares.items()
     }
     images = sum(len(unit.images) for unit in units)
     room = {name: share * images for name, share in shares.items()}
     waiting, placed = list(units), []
     while waiting:
-        left = sum((unit.classes for unit in waiting), Counter())
         # Images without boxes are all that is left when no class is.
-        rarest = min(left, key=lambda c: (left[c], c), default=-1)
+        rarest = min((c for c in left if left[c]), key=lambda c: (left[c], c), default=-1)
         chosen = [unit for unit in waiting if rarest < 0 or rarest in unit.classes]
         waiting = [unit for unit in waiting if rarest >= 0 and rarest not in unit.classes]
         for unit in sorted(chosen, key=lambda unit: -len(unit.images)):
             name = max(room, key=lambda name: (lacks[name].get(rarest, 0.0), room[name]))
             room[name] -= len(unit.images)
+            left.subtract(unit.classes)
             for c, count in unit.classes.items():
                 lacks[name][c] -= count
             placed.append((unit, name))
