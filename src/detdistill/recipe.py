@@ -284,6 +284,14 @@ def _set_value(values: dict[str, Any], assignment: str) -> Place:
     return place
 
 
+def completed(stored: Mapping[str, Any]) -> dict[str, Any]:
+    """The plain values of a recipe that was stored whole, perhaps by an earlier version.
+
+    A setting that it lacks, because it is newer, had its default.
+    """
+    return {**Recipe.model_validate({}).model_dump(), **stored}
+
+
 def dump_recipe(recipe: Recipe) -> str:
     """The fully resolved recipe as YAML."""
     return yaml.safe_dump(recipe.model_dump(), sort_keys=False)

@@ -8,7 +8,7 @@ from typing import Any
 from detdistill.detectors import FPNDetector
 from detdistill.distill import Method
 from detdistill.doctor.finding import Finding, counted
-from detdistill.engine.optim import endless_warmup, milestones_beyond
+from detdistill.engine.optim import endless_warmup, milestones_beyond, shorter_warmup
 from detdistill.recipe import Recipe
 
 LONG_WARMUP = 0.1
@@ -84,9 +84,8 @@ def _check_warmup(recipe: Recipe, total_steps: int) -> list[Finding]:
         return endless
     share = recipe.warmup_steps / total_steps
     text = f"warm-up of {counted(recipe.warmup_steps, 'step')}, {share:.0%} of the run"
-    advice = f"--set warmup_steps={max(1, total_steps // 20)}, or a longer run"
     if share > LONG_WARMUP:
-        return [Finding("warning", text, advice)]
+        return [Finding("warning", text, shorter_warmup(total_steps))]
     return [Finding("ok", text)]
 
 

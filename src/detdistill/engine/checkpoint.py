@@ -14,12 +14,14 @@ from typing import Any
 import torch
 
 from detdistill.errors import UserError
-from detdistill.recipe import Recipe, dump_recipe, read_yaml
+from detdistill.recipe import Recipe, completed, dump_recipe, read_yaml
 from detdistill.writing import written
 
 # Settings that change how a run is carried out, not what comes out of it.
-FREE = {"workers", "cache", "log_every", "checkpoint_every", "eval_batch", "accelerator"}
-FREE |= {"trackers"}
+FREE = {
+    *("workers", "cache", "eval_batch", "accelerator"),
+    *("log_every", "trackers", "checkpoint_every"),
+}
 
 LOCK_TRIES = 6  # half a second apart
 
@@ -118,14 +120,8 @@ def check_run(out: Path, recipe: Recipe, resume: bool) -> None:
 
 
 def changed_settings(stored: Path, recipe: Recipe) -> dict[str, tuple[Any, Any]]:
-    """What a run's recipe file had and the recipe has, by the settings that shape the result.
-
-    A setting that the file lacks, because it is newer than the run, had its default.
-    """
-    before, now = (
-        {**Recipe.model_validate({}).model_dump(), **read_yaml(stored)},
-        recipe.model_dump(),
-    )
+    """What a run's recipe file had and the recipe has, by the settings that shape the result."""
+    before, now = completed(read_yaml(stored)), recipe.model_dump()
     return {k: (before[k], now[k]) for k in now if k not in FREE and before[k] != now[k]}
 
 

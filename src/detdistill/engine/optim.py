@@ -36,8 +36,12 @@ def endless_warmup(recipe: Recipe, total_steps: int) -> Told:
     if recipe.warmup_steps < total_steps:
         return []
     found = f"warmup_steps {recipe.warmup_steps} in a run of {total_steps}"
-    advice = f"--set warmup_steps={max(1, total_steps // 20)}, or a longer run"
-    return [(f"{found}: the learning rate is never reached", advice)]
+    return [(f"{found}: the learning rate is never reached", shorter_warmup(total_steps))]
+
+
+def shorter_warmup(total_steps: int) -> str:
+    """What to do about a warm-up that takes too much of the run."""
+    return f"--set warmup_steps={max(1, total_steps // 20)}, or a longer run"
 
 
 def milestones_beyond(recipe: Recipe, steps_per_epoch: int, total_steps: int) -> Told:

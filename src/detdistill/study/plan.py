@@ -18,7 +18,7 @@ from detdistill.data import open_dataset
 from detdistill.engine.checkpoint import FREE as RUN_FREE
 from detdistill.engine.checkpoint import write_json
 from detdistill.errors import UserError
-from detdistill.recipe import Recipe
+from detdistill.recipe import Recipe, completed
 from detdistill.study.runs import read_json, study_device
 
 STUDY = "study.json"
@@ -127,9 +127,7 @@ def scaled_epochs(recipe: Recipe, epochs: int) -> Recipe:
 
 def _refuse_difference(path: Path, state: dict[str, Any], settings: dict[str, Any]) -> None:
     """`UserError` that names the first setting in which the stored study differs."""
-    # A setting that is newer than the study had its default.
-    old = Recipe.model_validate({}).model_dump(mode="json") | dict(state["recipe"])
-    new = dict(settings["recipe"])
+    old, new = completed(state["recipe"]), dict(settings["recipe"])
     pairs = [(key, old.get(key), new.get(key)) for key in new if key not in FREE]
     pairs += [(key, state[key], settings[key]) for key in ("teacher", "teacher_epochs")]
     pairs += [
