@@ -81,6 +81,21 @@ def test_a_run_that_is_refused_stops_the_others(run_program, capfd):
     assert all(run.cancelled() or run.exception() for run in waiting)
 
 
+def test_a_run_that_ends_while_the_others_are_stopped_keeps_none_alive(run_program, monkeypatch):
+    stop = subprocess.Popen.terminate
+
+    def slow_stop(process):  # long enough for its thread to take notice before the next
+        stop(process)
+        time.sleep(0.2)
+
+    monkeypatch.setattr(subprocess.Popen, "terminate", slow_stop)
+    with pytest.raises(UserError, match="training failed"), Jobs(4).closing() as many:
+        others = [run_program(many, FOREVER) for _ in range(3)]
+        time.sleep(0.5)
+        run_program(many, REFUSES).result(timeout=60)
+    assert all(run.exception() for run in others)
+
+
 def test_ctrl_c_stops_all_of_them(run_program, capfd):
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job ignores it
     many = Jobs(2)

@@ -86,7 +86,8 @@ class Jobs:
             with process:
                 yield process
         finally:
-            self._running.discard(process)
+            with self._lock:  # `closing` may be going through them
+                self._running.discard(process)
 
     def _environment(self, slot: int) -> dict[str, str]:
         """Of a process: its share of the threads, and one of the CUDA devices that we see."""
