@@ -29,6 +29,19 @@ while len(list(place.iterdir())) < count:
 """
 FOREVER = "import time; print('begun', flush=True); time.sleep(600)"
 REFUSES = "import sys; print('the sentence'); sys.exit(2)"
+# A run of 10 minutes that is slow to start, and a study that waits for it.
+RUN = """
+import os, sys, time
+from detdistill.study import worker
+worker.read_yaml, worker.Path = time.sleep, lambda path: 600
+print(os.getpid(), flush=True)
+time.sleep(1)
+worker.main(sys.argv[1:])
+"""
+STUDY = """
+import os, subprocess, sys
+subprocess.run([sys.executable, "-c", sys.argv[1], "recipe", "run", str(os.getpid())])
+"""
 
 
 @pytest.fixture
@@ -110,11 +123,8 @@ def test_ctrl_c_stops_all_of_them(run_program, capfd):
 
 
 def test_a_run_ends_with_a_killed_study():
-    # The study's process starts a run, tells of it, and waits; the run would take 10 minutes.
-    run = "import time; from detdistill.study import worker as w; w.read_yaml = time.sleep; "
-    run += "print(w.os.getpid(), flush=True); w.Path = lambda path: 600; w.main(['r', 'f'])"
-    study = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {run!r}])"
-    with subprocess.Popen([sys.executable, "-c", study], stdout=subprocess.PIPE, text=True) as it:
+    command = [sys.executable, "-c", STUDY, RUN]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as it:
         assert it.stdout is not None
         number = it.stdout.readline().strip()
         assert is_alive(number)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -89,7 +90,8 @@ def worker_command(recipe: Recipe, folder: Path) -> list[str]:
     folder.parent.mkdir(parents=True, exist_ok=True)
     plan = folder.with_name(f"{folder.name}.yaml")
     write_text(plan, dump_recipe(recipe))
-    return [sys.executable, "-m", "detdistill.study.worker", str(plan), str(folder)]
+    program = [sys.executable, "-m", "detdistill.study.worker"]
+    return [*program, str(plan), str(folder), str(os.getpid())]
 
 
 def require_success(code: int, message: str) -> None:

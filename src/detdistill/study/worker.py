@@ -1,14 +1,16 @@
-"""One run of a study as a program: `python -m detdistill.study.worker RECIPE RUN`."""
+"""One run of a study as a program: `python -m detdistill.study.worker RECIPE RUN STUDY`.
+
+STUDY is the number of the study's process.
+"""
 
 from __future__ import annotations
 
-import os
 import sys
 from pathlib import Path
 
 from detdistill.data.loader import end_with_parent
 from detdistill.engine.train import train
-from detdistill.errors import UserError, tells
+from detdistill.errors import UserError, is_first_here, tells
 from detdistill.recipe import read_yaml, validate_recipe
 from detdistill.study.runs import train_and_test
 
@@ -19,8 +21,9 @@ def main(arguments: list[str]) -> int:
     It ends with the study, also with one that was killed. A run on several devices, in each of
     whose processes this program runs, is tested by the study.
     """
-    recipe_file, folder = arguments
-    end_with_parent(os.getppid())
+    recipe_file, folder, study = arguments
+    if is_first_here():  # the others end with it
+        end_with_parent(int(study))
     try:
         recipe = validate_recipe(read_yaml(Path(recipe_file)), recipe_file)
         if recipe.devices > 1:
