@@ -43,7 +43,9 @@ class BuiltinStudy:
 
 QUICK = BuiltinStudy("demo_quick", {"train": 24, "val": 8, "test": 8, "size": 96}, [0])
 DEMO = BuiltinStudy("demo", {"train": 2000, "val": 200, "test": 500, "size": 128}, [0], 6)
-FULL = BuiltinStudy("builtin", {"train": 2000, "val": 300, "test": 1000, "size": 128}, [0, 1, 2])
+FULL = BuiltinStudy(
+    "builtin", {"train": 2000, "val": 300, "test": 1000, "size": 128}, [0, 1, 2], 10
+)
 
 
 def demo(
