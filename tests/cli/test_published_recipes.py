@@ -1,4 +1,7 @@
-"""Every published recipe, by its own command: it builds both models and takes one step."""
+"""Every published recipe, by its own command: it builds both models and takes one step.
+
+The small forms of the same experiments, too.
+"""
 
 from __future__ import annotations
 
@@ -32,6 +35,12 @@ SMALL = {
 }
 WITHOUT_CHECKPOINT = ("crosskd/faster_rcnn_r18_r50_1x", "rm_pfi/retinanet_r50_r101_voc")
 PUBLISHED = [name for name in list_recipes() if "/" in name and not name.startswith("small/")]
+ARMS = [
+    pytest.param(name, arm, id=f"{name}-{arm}", marks=[pytest.mark.slow] if i else [])
+    for name in list_recipes()
+    if name.startswith("small/")
+    for i, arm in enumerate(yaml.safe_load(recipe_path(name).read_text(encoding="utf-8"))["arms"])
+]
 NAMED_METHOD = re.compile(r"--method ([\w+]+)")
 AP = re.compile(r"\b\d\d\.\d\b")
 ROWS = {
@@ -188,3 +197,22 @@ def test_a_published_recipe_takes_a_step_at_full_size(
     name: str, two_images: Path, run: Run
 ) -> None:
     one_step(name, two_images, run, {})
+
+
+@pytest.mark.parametrize(("name", "arm"), ARMS)
+def test_an_arm_of_a_small_recipe_takes_a_step_with_every_term(
+    name: str, arm: str, two_images: Path, run: Run
+) -> None:
+    values = yaml.safe_load(recipe_path(name).read_text(encoding="utf-8"))
+    assert f"detdistill compare --recipe {name} " in header_of(name)
+    given = ["--recipe", name, "--method", arm, "--data", str(two_images), "--out", "run"]
+    if "teacher" in values and "tf_head" not in values["arms"][arm]:
+        options = values["teacher_options"] | {"base_channels": 8}
+        teacher = create_detector(values["teacher"], 10, **options)
+        save_detector(teacher, Path("teacher.safetensors"))
+        given += ["--teacher", "teacher.safetensors"]
+    changes = SMALL | {"student_options.base_channels": 8}
+    sets = [f"--set={key}={json.dumps(value)}" for key, value in changes.items()]
+    code, _, err = run("distill", *given, *sets)
+    assert code == 0, err
+    assert {term.split("/")[0] for term in terms_of(Path("run"))} == {"task", *values["arms"][arm]}
