@@ -13,7 +13,12 @@ SMALL = "--teacher r18 --size 64 --classes 2 --batch 1 --repeats 1"
 
 
 @pytest.mark.parametrize(
-    ("method", "rows"), [("tf_head", 1), pytest.param("head", 2, marks=pytest.mark.slow)]
+    ("method", "rows"),
+    [
+        ("feature", 1),
+        pytest.param("tf_head", 1, marks=pytest.mark.slow),
+        pytest.param("head", 2, marks=pytest.mark.slow),
+    ],
 )
 def test_costs_are_measured(method: str, rows: int) -> None:
     # A program of its own: it changes the number of threads.

@@ -256,7 +256,8 @@ def test_a_small_backbone_of_each_family_of_timms(backbone):
     assert len(found) > 0 and found.boxes_xyxy.isfinite().all() and found.scores.isfinite().all()
 
 
-@pytest.mark.parametrize("short", BACKBONES)
+# The larger ResNeXt is the same in wide; `test_every_listed_detector` has it.
+@pytest.mark.parametrize("short", [name for name in BACKBONES if name != "x101_64x4d"])
 def test_every_backbone_under_one_detector(short, tmp_path):
     holds_the_contract(f"retinanet_{short}", tmp_path)
 

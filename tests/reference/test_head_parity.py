@@ -51,7 +51,7 @@ def tensors(facts):
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory):
     """Student and teacher of a file; both stay for its cases."""
-    folder, made = tmp_path_factory.mktemp("checkpoints"), {}
+    path, made = tmp_path_factory.mktemp("checkpoints") / "checkpoint.pth", {}
 
     def build(name):
         if name not in made:
@@ -63,9 +63,12 @@ def pair(tmp_path_factory):
                 for key, value in tensors(facts["student"]).items()
             }
             states = {"retinanet_r18": student, "faster_rcnn_r50": tensors(facts["teacher"])}
+            models = []
             for detector, state in states.items():
-                torch.save({"meta": {}, "state_dict": state}, folder / f"{detector}.pth")
-            made[name] = [load_detector(d, folder / f"{d}.pth") for d in states]
+                torch.save({"meta": {}, "state_dict": state}, path)
+                models.append(load_detector(detector, path))
+                path.unlink()  # hundreds of megabytes
+            made[name] = models
         return made[name]
 
     return build
@@ -96,7 +99,7 @@ def own_name(published):
     return f"student.{rename_mmdetection(published.replace('rpn_head.', 'bbox_head.'))}"
 
 
-@pytest.mark.parametrize(("name", "case"), CASES)
+@pytest.mark.parametrize(("name", "case"), CASES, scope="module")
 def test_head_losses_and_gradients(pair, monkeypatch, name, case):
     distiller = distiller_of(pair, monkeypatch, name)
     facts = parity.manifest(name)["cases"][case]
@@ -117,7 +120,9 @@ def test_head_losses_and_gradients(pair, monkeypatch, name, case):
     assert all(p.grad is None for p in parameters.values()), "a frozen parameter has a gradient"
 
 
-@pytest.mark.parametrize(("name", "case"), [nc for nc in CASES if "iteration" not in nc[1]])
+@pytest.mark.parametrize(
+    ("name", "case"), [nc for nc in CASES if "iteration" not in nc[1]], scope="module"
+)
 def test_proposals_and_where_they_came_from(pair, monkeypatch, name, case):
     distiller, wanted = distiller_of(pair, monkeypatch, name), parity.samples(name)
     with torch.no_grad():

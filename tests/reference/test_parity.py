@@ -70,16 +70,21 @@ def _two_threads():
 
 @pytest.fixture(scope="session")
 def load(tmp_path_factory):
-    """Builds a detector from a synthetic MMDetection checkpoint, once per session."""
-    folder = tmp_path_factory.mktemp("checkpoints")
+    """Builds a detector from a synthetic MMDetection checkpoint.
 
-    @lru_cache(maxsize=4)  # full-size detectors; more would not fit into a small machine
+    Tests of one name follow each other (`scope="module"`) and share its one or two detectors: each
+    takes seconds to build, and more of full size would not fit into a small machine.
+    """
+    path = tmp_path_factory.mktemp("checkpoints") / "checkpoint.pth"
+
+    @lru_cache(maxsize=2)
     def build(case, part, name):
         facts = manifest(case)[part] if part else manifest(case)
-        path = folder / f"{case}_{part}.pth"
         state = synthetic.state_dict(facts["shapes"], facts["seed"])
         torch.save({"meta": {}, "state_dict": state}, path)
-        return as_the_reference_ran(load_detector(name, path))
+        detector = load_detector(name, path)
+        path.unlink()  # hundreds of megabytes
+        return as_the_reference_ran(detector)
 
     return build
 
@@ -135,7 +140,7 @@ def assert_sampled(key, tensors, wanted):
         assert error <= 1e-3 * wanted[f"{key}{level}.stat"][1], (key, level)
 
 
-@pytest.mark.parametrize("name", [*DETECTORS, *RANDOM_TRAINING, *TWO_STAGE])
+@pytest.mark.parametrize("name", [*DETECTORS, *RANDOM_TRAINING, *TWO_STAGE], scope="module")
 def test_outputs_and_detections(load, name):
     detector, wanted = load(name, None, name).eval(), samples(name)
     with torch.no_grad():
@@ -152,7 +157,7 @@ def test_outputs_and_detections(load, name):
         np.testing.assert_array_equal(found.labels, wanted[f"det{i}.labels"])
 
 
-@pytest.mark.parametrize("name", [*DETECTORS, *RANDOM_TRAINING, *TWO_STAGE])
+@pytest.mark.parametrize("name", [*DETECTORS, *RANDOM_TRAINING, *TWO_STAGE], scope="module")
 def test_weights_go_back_as_they_came(load, name):
     facts, back = manifest(name), to_mmdetection_state(load(name, None, name))
     assert set(back) == set(facts["shapes"])
@@ -162,7 +167,7 @@ def test_weights_go_back_as_they_came(load, name):
 
 
 @pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("name", DETECTORS)
+@pytest.mark.parametrize("name", DETECTORS, scope="module")
 def test_losses_and_gradients(load, name, case):
     detector, facts = load(name, None, name).train(), manifest(name)["cases"][case]
     detector.zero_grad()
@@ -173,7 +178,7 @@ def test_losses_and_gradients(load, name, case):
 
 
 @pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("name", TWO_STAGE)
+@pytest.mark.parametrize("name", TWO_STAGE, scope="module")
 def test_losses_of_random_samples(load, name, case):
     """Terms that depend on the positives alone, all of which are taken, are equal.
 
@@ -209,7 +214,7 @@ def distiller_of(load, monkeypatch, name, **options):
 
 
 @pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("name", PAIRS)
+@pytest.mark.parametrize("name", PAIRS, scope="module")
 def test_crosskd_losses_and_gradients(load, monkeypatch, name, case):
     distiller = distiller_of(load, monkeypatch, name)
     facts = manifest(name)["cases"][case]
@@ -225,7 +230,7 @@ def test_crosskd_losses_and_gradients(load, monkeypatch, name, case):
         assert_gradients(distiller.student, facts["grad_norm"])
 
 
-@pytest.mark.parametrize("name", PAIRS)
+@pytest.mark.parametrize("name", PAIRS, scope="module")
 def test_cross_predictions(load, monkeypatch, name):
     distiller, wanted, seen = distiller_of(load, monkeypatch, name), samples(name), []
     resume = distiller.teacher.head_from
@@ -243,7 +248,7 @@ def test_cross_predictions(load, monkeypatch, name):
     assert_sampled("cross_centerness", cross.quality or [], wanted)
 
 
-@pytest.mark.parametrize("name", PAIRS)
+@pytest.mark.parametrize("name", PAIRS, scope="module")
 def test_pre_activation_differs_from_post_activation(load, monkeypatch, name):
     published = manifest(name)["cases"]["two"]["losses"]
     distiller = distiller_of(load, monkeypatch, name, align_on="pre_act")
