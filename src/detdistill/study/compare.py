@@ -24,7 +24,14 @@ from detdistill.study.check import (
     teacher_file,
 )
 from detdistill.study.jobs import Jobs
-from detdistill.study.plan import STUDY, open_study, record, scaled_epochs, study_facts
+from detdistill.study.plan import (
+    STUDY,
+    is_new_study,
+    open_study,
+    record,
+    scaled_epochs,
+    study_facts,
+)
 from detdistill.study.report import write_report
 from detdistill.study.runs import (
     RunScore,
@@ -76,8 +83,7 @@ def compare(
     """
     methods, seeds = list(dict.fromkeys(methods)), list(dict.fromkeys(seeds))
     check_teacher_epochs(teacher, teacher_epochs)
-    new = not (Path(out) / STUDY).exists()
-    inputs = check_study(recipe, teacher, methods, seeds, jobs, new)
+    inputs = check_study(recipe, teacher, methods, seeds, jobs, is_new_study(Path(out)))
     settings: dict[str, Any] = {"teacher": teacher, "teacher_epochs": teacher_epochs}
     settings |= {"inputs": inputs, "jobs": jobs}
     settings |= {"recipe": recipe.model_dump(), "methods": methods, "seeds": seeds}

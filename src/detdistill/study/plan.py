@@ -41,21 +41,28 @@ def open_study(out: Path, settings: dict[str, Any]) -> dict[str, Any]:
     """
     path = out / STUDY
     state: dict[str, Any] = {"runs": {}, "latency_ms": {}}
-    if path.exists():
+    if not is_new_study(out):
         state = read_json(path)
         _refuse_difference(path, state, settings)
         both = {
             key: {**state["recipe"][key], **settings["recipe"][key]} for key in ("methods", "arms")
         }
         settings = {**settings, "recipe": {**settings["recipe"], **both}}
-    elif out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(
-            f"{out}: holds something else than a study (no {STUDY}): give another --out folder"
-        )
     out.mkdir(parents=True, exist_ok=True)
     state = {"format": 1, **state, **settings, "command": command_line()}
     write_json(path, state)
     return state
+
+
+def is_new_study(out: Path) -> bool:
+    """Whether none was begun here; a folder that holds something else is refused."""
+    if (out / STUDY).exists():
+        return False
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(
+            f"{out}: holds something else than a study (no {STUDY}): give another --out folder"
+        )
+    return True
 
 
 def record(out: Path, state: dict[str, Any], run: str, progress: str) -> None:
