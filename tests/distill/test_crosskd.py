@@ -22,6 +22,17 @@ def step(student, teacher, batch=None, **options):
     return distiller, distiller(batch or make_batch())
 
 
+@pytest.mark.parametrize("other", ["pre_act", "post_act"])
+def test_another_method_does_not_change_where_maps_are_aligned(other):
+    student, teacher = pair()
+    own = "post_act" if other == "pre_act" else "pre_act"
+    _, alone = step(student, teacher, align_on=own)
+    both = {"crosskd": CrossKD(align_on=own), "beside": CrossKD(align_on=other)}
+    together = Distiller(student, teacher, both).train()(make_batch())
+    assert together["crosskd/cls"].item() == pytest.approx(alone["crosskd/cls"].item(), rel=1e-6)
+    assert together["beside/cls"].item() != pytest.approx(alone["crosskd/cls"].item(), rel=1e-4)
+
+
 def kd_loss(losses):
     return sum(value for name, value in losses.items() if name.startswith("crosskd/"))
 

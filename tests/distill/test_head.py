@@ -178,6 +178,8 @@ def test_akd_and_ckd_warm_up_but_the_assistant_does_not(iteration, share):
 def test_the_assistant_warms_up_where_published_or_asked_for():
     for student, teacher, options, warm in (
         ("retinanet", "faster_rcnn", {"assistant_warmup": True}, 0.25),
+        ("retinanet", "faster_rcnn", {}, 1.0),
+        ("fcos", "faster_rcnn", {}, 0.25),
         ("retinanet", "reppoints", {}, 0.25),
         ("faster_rcnn", "cascade_rcnn", {}, 0.25),
         ("retinanet", "reppoints", {"assistant_warmup": False}, 1.0),

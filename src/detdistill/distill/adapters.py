@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from detdistill.detectors.base import FPNDetector
@@ -108,3 +109,11 @@ def channel_statistics(level: Tensor) -> tuple[Tensor, Tensor]:
     variance, mean = torch.var_mean(level.float(), (0, 2, 3), keepdim=True)
     # A channel that is constant over the batch (dead) has no finite gradient of its deviation.
     return mean, variance.clamp(min=EPSILON**2).sqrt()
+
+
+def activated(tower_map: Tensor, depth: int) -> Tensor:
+    """A map, or cells of it, after ReLU; depth 0 has no activation.
+
+    Another method may have asked to keep the maps of towers before it; twice changes nothing.
+    """
+    return F.relu(tower_map) if depth else tower_map

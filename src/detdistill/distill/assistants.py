@@ -19,7 +19,7 @@ from detdistill.detectors.fcos import FCOS
 from detdistill.detectors.retinanet import RetinaNet
 from detdistill.detectors.roi_head import RoIHead
 from detdistill.detectors.two_stage import TwoStageDetector
-from detdistill.distill.adapters import channel_adapter
+from detdistill.distill.adapters import activated, channel_adapter
 from detdistill.distill.method import Method, Step
 from detdistill.distill.schedule import Schedule
 from detdistill.errors import UserError
@@ -287,14 +287,6 @@ def gather_cells(levels: Sequence[Tensor], image: Tensor, origin: Tensor) -> Ten
 def tower_maps(output: DenseOutput, branch: str, depth: int) -> list[Tensor]:
     """Activated maps of a tower at a depth, per level."""
     return [activated(maps[depth], depth) for maps in output.towers[branch]]
-
-
-def activated(tower_map: Tensor, depth: int) -> Tensor:
-    """A map, or cells of it, after ReLU; depth 0 has no activation.
-
-    Another method may have asked to keep the towers' maps before it; twice changes nothing.
-    """
-    return F.relu(tower_map) if depth else tower_map
 
 
 def mean_square(found: Tensor, wanted: Tensor) -> Tensor:

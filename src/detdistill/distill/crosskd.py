@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from detdistill.detectors.base import FPNDetector
 from detdistill.detectors.dense import DenseDetector
 from detdistill.distill.adapters import (
+    activated,
     align_statistics,
     channel_adapter,
     check_same_classes,
@@ -145,10 +146,14 @@ class CrossKD(Method):
     def _enter(self, branch: str, step: Step, level: int, student_level: int) -> Tensor:
         """The student's map, made ready for the teacher's block after `depth`."""
         assert step.teacher is not None
-        entered: Tensor = step.student.towers[branch][student_level][self.student_depth]  # type: ignore[index]
+        assert self.depth is not None and self.student_depth is not None
+        entered = step.student.towers[branch][student_level][self.student_depth]
+        teacher_map = step.teacher.towers[branch][level][self.depth]
+        if not self.keep_pre_activation:
+            entered = activated(entered, self.student_depth)
+            teacher_map = activated(teacher_map, self.depth)
         entered = self.adapters[branch](entered)
         if self.align:
-            teacher_map = step.teacher.towers[branch][level][self.depth]  # type: ignore[index]
             entered = align_statistics(entered, teacher_map).to(entered.dtype)
         # Published: a ReLU follows the alignment, except on raw pyramid levels.
         return F.relu(entered) if self.depth else entered

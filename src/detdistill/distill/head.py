@@ -92,8 +92,8 @@ class HEAD(AssistedMethod):
       MobileNetV2; which of them a published row used is unknown.
     - A two-stage student with a two-stage teacher of another family, e.g. Cascade R-CNN. As the
       first, on the student's sampled boxes; `akd_1_1` to `akd_3_2` for three stages. `ckd`: the
-      student's second shared layer towards that of the teacher's first stage. Off, as in the
-      authors' development configuration; whether the published row used it is unknown.
+      student's second shared layer towards that of the teacher's first stage. Off, as in one of
+      the authors' two development configurations; which the published row used is unknown.
 
     AKD and CKD warm up over 2000 steps (`warmup`). For a pair of one family HEAD is the imitation
     of the pyramid: the method `feature`.
@@ -168,8 +168,10 @@ def _check_pair(student: FPNDetector, teacher: FPNDetector) -> None:
 def _for_roi_assistant(settings: Settings, student: FPNDetector) -> Settings:
     if isinstance(student, TwoStageDetector):
         return settings.completed(akd_weight=1.0, ckd=False, ckd_weight=2.0, assistant_warmup=True)
-    weight = 1.0 if student.family == "fcos" else 2.0
-    return settings.completed(akd_weight=2.0, ckd=True, ckd_weight=weight, assistant_warmup=False)
+    fcos = student.family == "fcos"
+    return settings.completed(
+        akd_weight=2.0, ckd=True, ckd_weight=1.0 if fcos else 2.0, assistant_warmup=fcos
+    )
 
 
 class RoILink(nn.Module):

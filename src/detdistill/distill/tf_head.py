@@ -42,7 +42,7 @@ from detdistill.registry import AtLeastOne, Width, check_choice
 Kind = Literal["fcos", "retinanet", "rcnn"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 LOSS_WEIGHT = {"fcos": 0.5, "retinanet": 1.0, "rcnn": 1.0}
-"""Of each of an assistant's own losses: the authors' for FCOS and R-CNN, RetinaNet's is ours."""
+"""Of each of an assistant's own losses."""
 
 
 @METHODS.register("tf_head")
@@ -57,10 +57,9 @@ class TFHEAD(AssistedMethod):
 
     Without arguments FCOS and R-CNN assistants for RetinaNet; RetinaNet and R-CNN for FCOS (the
     mirror image); for a two-stage student, of which no configuration is known, RetinaNet and FCOS
-    assistants that teach the RPN's shared layer, which is ours, as is the FCOS assistant's
-    GroupNorm. All terms warm up over 2000 steps (`warmup`). The published early stop of CKD is
-    `stop`: the first step at the lower rate, e.g. 58640 for COCO's images with boxes at batch 16;
-    assistants go on learning.
+    assistants that teach the RPN's shared layer, which is ours. All terms warm up over 2000 steps
+    (`warmup`). The published early stop of CKD is `stop`: the first step at the lower rate, e.g.
+    58640 for COCO's images with boxes at batch 16; assistants go on learning.
 
     Args:
         assistants: kinds, other than the student's own.
