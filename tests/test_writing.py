@@ -26,6 +26,11 @@ def test_a_file_is_replaced_when_all_of_it_is_there(tmp_path: Path) -> None:
     assert path.read_text() == "new"
 
 
+def test_a_name_that_is_no_utf8_can_be_written_down(tmp_path: Path) -> None:
+    checkpoint.write_text(tmp_path / "faults.txt", os.fsdecode(b"gr\xfcn.jpg") + ": damaged")
+    assert (tmp_path / "faults.txt").read_text() == "gr\\udcfcn.jpg: damaged"
+
+
 def test_what_fails_leaves_the_old_file_alone(tmp_path: Path) -> None:
     path = tmp_path / "file"
     path.write_text("old")

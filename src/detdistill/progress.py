@@ -61,7 +61,7 @@ class Rate(ProgressColumn):
 def columns() -> tuple[ProgressColumn, ...]:
     """What a bar shows: what, how many of how many, for how long, how long still, the rate."""
     return (
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
@@ -70,13 +70,18 @@ def columns() -> tuple[ProgressColumn, ...]:
     )
 
 
+def plain_console() -> Console:
+    """Standard error; what is printed may be a user's words, in which no markup is looked for."""
+    return Console(file=sys.stderr, highlight=False, markup=False, emoji=False)
+
+
 class Counts:
     """How many of what are done, of several things if need be, each with a bar or lines."""
 
     def __init__(self, title: str = "", console: Console | None = None) -> None:
         """`title` stands before each plain line."""
         self._title = title
-        self._console = console or Console(file=sys.stderr, highlight=False)
+        self._console = console or plain_console()
         self._bar: Progress | None = None
         if self._console.is_terminal:
             self._bar = Progress(*columns(), console=self._console, transient=True)

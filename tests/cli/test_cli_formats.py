@@ -48,6 +48,16 @@ def test_convert(write: Write, run: Run, tiny_data: Path) -> None:
     assert code == 2 and "as_coco: exists and holds something else" in err
 
 
+def test_convert_into_this_folder(
+    run: Run, tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    code, _, err = run("data", "convert", "--data", str(tiny_data), "--out", ".")
+    assert code == 0, err
+    assert (tmp_path / "here/annotations/train.json").exists()
+
+
 def test_convert_takes_the_splits_that_are_there(run: Run, tiny_data: Path) -> None:
     folder = write_yolo(tiny_data, Path("mine"))
     lines = (folder / "data.yaml").read_text().splitlines()

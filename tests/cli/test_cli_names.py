@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 
 import pytest
 import yaml
 
+from detdistill.cli import main
 from detdistill.recipe import read_yaml, resolve_recipe, validate_recipe
 from detdistill.recipes import list_recipes, recipe_path
 from tests.cli.conftest import Run
@@ -29,6 +31,15 @@ COMMANDS = [
     ("data", "builtin"),
     ("data", "convert"),
 ]
+
+
+def test_a_stream_that_knows_no_delta_shows_its_code(monkeypatch: pytest.MonkeyPatch) -> None:
+    out = io.TextIOWrapper(io.BytesIO(), encoding="cp1252", write_through=True)
+    monkeypatch.setattr("sys.stdout", out)
+    with pytest.raises(SystemExit):
+        main(["list", "methods"])
+    print("ΔAP")
+    assert out.buffer.getvalue().endswith(b"\\u0394AP\n")  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize("command", COMMANDS, ids=" ".join)

@@ -80,6 +80,13 @@ def test_groups_stay_together():
     assert [len(one) for one in films] == [7, 2, 1] or [len(one) for one in films] == [7, 1, 2]
 
 
+def test_each_alternative_of_an_expression_names_its_groups():
+    names = [f"clip{n // 2}_{n}.jpg" for n in range(20)]
+    shares = {"train": 0.5, "val": 0.5}
+    parts = divide(dataset([[0]] * 20, names), shares, group=r"scene(\d+)_|clip(\d+)_")
+    assert [len(part) for part in parts] == [10, 10]
+
+
 def test_what_the_expression_does_not_find_stands_alone():
     names = ["a_1.jpg", "a_2.jpg", *(f"{n}.jpg" for n in range(18))]
     parts = divide(dataset([[0]] * 20, names), SHARES, group="^a_")

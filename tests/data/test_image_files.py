@@ -62,11 +62,12 @@ def test_cmyk_jpeg(tmp_path):
     assert red > 230 and green < 25 and blue < 25
 
 
+@pytest.mark.parametrize("suffix", ["png", "tiff"])  # Pillow turns the latter itself
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_exif_orientation(tmp_path, orientation):
+def test_exif_orientation(tmp_path, orientation, suffix):
     exif = Image.Exif()
     exif[0x0112] = orientation
-    path = saved(tmp_path / "a.png", Image.fromarray(rgb()), exif=exif)
+    path = saved(tmp_path / f"a.{suffix}", Image.fromarray(rgb()), exif=exif)
     stored = as_tensor(rgb())
     turned = stored.transpose(1, 2)
     upright = {

@@ -73,6 +73,22 @@ def test_plain_lines_tell_raw_and_weighted_terms(monkeypatch):
     assert line.endswith("4.0 img/s, task/cls 0.500 task/box 0.500 (1.000)")
 
 
+@pytest.mark.parametrize("width", [None, 100])
+def test_words_of_the_user_are_no_markup(monkeypatch, width):
+    if width:
+        on_a_terminal(monkeypatch, width)
+    else:
+        monkeypatch.setattr("sys.stderr", io.StringIO())
+    display = RunDisplay("runs/[exp]", 10, 0, quiet=False)
+    display.open()
+    display.say("/data/[old]/a.txt: box [nan, 1] of ':smile:' '[/b]'")
+    display.step(10, {"task/cls": 0.5}, {"task/cls": 0.5}, 4.0)
+    display.close()
+    text = "\n".join(shown())
+    assert "runs/[exp]: /data/[old]/a.txt: box [nan, 1] of ':smile:' '[/b]'" in text
+    assert text.count("runs/[exp]") >= 2
+
+
 def test_an_evaluation_is_counted_beside_the_steps(monkeypatch):
     on_a_terminal(monkeypatch, 100)
     display = RunDisplay("runs/distilled", 1600, 0, quiet=False)

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 import warnings
 
 import pytest
@@ -250,6 +251,23 @@ def test_bad_input_leaves_nothing_behind(recipe, world, tmp_path, change, messag
     assert not out.exists() and world.trained == []
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"precision": "fp16", "accelerator": "cpu"}, "precision fp16"),
+        ({"accelerator": "cuda", "devices": 99}, "99 CUDA devices"),
+        ({"trackers": ["trackio"]}, "trackio"),
+    ],
+)
+def test_what_this_machine_lacks_is_told_before_a_study_is_fixed(
+    recipe, world, tmp_path, monkeypatch, change, message
+):
+    monkeypatch.setitem(sys.modules, "trackio", None)  # not installed
+    with pytest.raises(UserError, match=message):
+        run_study(recipe.model_copy(update=change), tmp_path / "study")
+    assert not (tmp_path / "study").exists()
+
+
 def test_a_test_split_with_nothing_to_find(recipe, world, tmp_path, data_folder):
     values = json.loads((data_folder / "annotations/test.json").read_text())
     empty = tmp_path / "empty.json"
@@ -325,6 +343,12 @@ def test_equal_times_need_no_second_control(recipe, world, tmp_path):
     assert "student_same_time/seed0" not in world.trained
     assert arms[-1].runs == arms[1].runs
     assert "took no longer than the student alone" in (tmp_path / "study/results.md").read_text()
+
+
+def test_part_of_an_epoch_more_counts_as_one(recipe, world, tmp_path):
+    world.seconds["crosskd"] = 113
+    arms = run_study(recipe, tmp_path / "study", seeds=[0])
+    assert [run.epochs for run in arms[-1].runs] == [9]  # of 8
 
 
 def test_a_slower_method_moves_the_same_time_control(recipe, world, tmp_path):

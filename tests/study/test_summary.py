@@ -127,6 +127,15 @@ def test_a_gain_that_more_training_gives_too_is_said_so():
     assert first.startswith("CrossKD helps at equal steps, not at equal training time: +3.2 AP")
 
 
+def test_a_quick_method_is_not_held_against_the_time_of_a_slow_one():
+    rows = arms(same=(39.5, 39, 40.5))
+    slow = tuple(replace(run, seconds=2 * run.seconds) for run in rows[2].runs)
+    [quick, beside, _, last] = verdicts([*rows[:3], Arm("head", "method", slow), rows[3]])
+    assert quick.startswith("CrossKD helps: +3.2 AP")
+    assert "given the time of the slowest method (1.5 x the epochs; CrossKD itself took" in beside
+    assert "HEAD" in last and "given the same training time (1.5 x the epochs)" in last
+
+
 def test_a_student_that_passes_its_teacher():
     assert "It reaches 41.0 AP, the teacher 40.1." in verdicts(arms(taught=(41, 41, 41)))[0]
 
@@ -164,6 +173,8 @@ def test_late_gain_is_that_of_the_last_quarter(tmp_path):
     assert late_gain(run) == pytest.approx(2.0)
     assert late_gain(score(0, 30.0, write_log(tmp_path / "short", [0.3]))) is None
     assert late_gain(score(0, 30.0, tmp_path / "absent")) is None
+    half = write_log(tmp_path / "half", [0.2, 0.28])  # says nothing of the last quarter
+    assert late_gain(score(0, 30.0, half)) is None
 
 
 def test_warnings(tmp_path):
@@ -218,12 +229,13 @@ def test_format_time(seconds, text):
 
 
 def test_read_log_survives_a_kill(tmp_path):
-    folder = write_log(tmp_path / "run", [0.1, 0.2])
+    folder = write_log(tmp_path / "run", [0.05, 0.1, 0.2])
     with (folder / "metrics.jsonl").open("a") as log:
-        log.write(json.dumps({"kind": "eval", "step": 50, "metrics": {"AP": 0.15}}) + "\n")
+        log.write(json.dumps({"kind": "eval", "step": 66, "metrics": {"AP": 0.15}}) + "\n")
         log.write('{"kind": "eval", "step": 120, "met')
     assert [(e["step"], e["metrics"]["AP"]) for e in read_log(folder, "eval")] == [
-        (50, 0.15),
+        (33, 0.05),
+        (66, 0.15),
         (100, 0.2),
     ]
     assert math.isclose(late_gain(score(0, 1.0, folder)), 5.0)

@@ -5,6 +5,7 @@ Nothing here imports torch before a command needs it, so that help answers at on
 
 from __future__ import annotations
 
+import io
 import re
 import shlex
 import sys
@@ -142,4 +143,7 @@ app.add_typer(_data, name="data")
 def main(argv: list[str] | None = None) -> None:
     """Runs the command line and exits; `argv` without the program's name."""
     arguments = sys.argv[1:] if argv is None else argv
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # tables hold ± and Δ
     app(args=arguments, prog_name="detdistill", obj=arguments)

@@ -90,7 +90,8 @@ def at_input_size(settings: Recipe, model: FPNDetector) -> Recipe:
         return settings.model_copy(update=changes)
     typer.echo(
         f"the weights do not say their input size; used: resize_short={settings.resize_short}, "
-        f"resize_long={settings.resize_long} (others by --recipe, or --set resize_short=[800])",
+        f"resize_long={settings.resize_long} (others by --recipe, or --set resize_short=[800] "
+        f"--set resize_long=1333)",
         err=True,
     )
     return settings

@@ -68,7 +68,7 @@ def _units(dataset: DetectionDataset, group: str | None) -> list[_Unit]:
     together: dict[object, list[int]] = {}
     for index, record in enumerate(dataset.records):
         found = pattern.search(record.path.as_posix()) if pattern else None
-        key = index if found is None else (found.group(1) if found.groups() else found.group())
+        key = index if found is None else _group_of(found)
         together.setdefault(key, []).append(index)
     if pattern and len(together) == len(dataset):
         raise UserError(
@@ -79,6 +79,11 @@ def _units(dataset: DetectionDataset, group: str | None) -> list[_Unit]:
         _Unit(images, Counter(c for i in images for c in set(dataset.records[i].labels.tolist())))
         for images in together.values()
     ]
+
+
+def _group_of(found: re.Match[str]) -> str:
+    """The first group that took part in the match; all of the match where there is none."""
+    return next((group for group in found.groups() if group is not None), found.group())
 
 
 def _stratified(units: Sequence[_Unit], shares: Mapping[str, float]) -> list[tuple[_Unit, str]]:

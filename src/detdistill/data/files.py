@@ -89,7 +89,7 @@ def new_folder(folder: Path) -> Iterator[Path]:
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         yield unfinished
-        unfinished.replace(folder)
+        unfinished.replace(absolute)
     except OSError as error:
         raise UserError(f"{folder}: cannot write the data set: {error.strerror}") from None
     finally:

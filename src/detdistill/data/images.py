@@ -146,6 +146,9 @@ def _header(path: Path, image: Image.Image) -> ImageHeader:
     width, height = image.size
     if width * height > MAX_PIXELS:
         raise _too_large(path, f"{width}x{height} =", width * height)
+    if image.format == "TIFF":
+        image.load()  # Pillow turns a TIFF as it loads it, and then forgets the tag
+        width, height = image.size
     return ImageHeader(height, width, _orientation(image))
 
 

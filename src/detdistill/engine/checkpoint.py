@@ -31,9 +31,9 @@ STATE |= {"distiller", "optimizer", "precision", "random"}
 
 
 def write_text(path: Path, text: str) -> None:
-    """Replaces a text file atomically."""
+    """Replaces a text file atomically; bytes of a file name that are no UTF-8 are spelled out."""
     with written(path) as file:
-        file.write(text.encode())
+        file.write(text.encode("utf-8", "backslashreplace"))
 
 
 def write_json(path: Path, value: dict[str, Any]) -> None:

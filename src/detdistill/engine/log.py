@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import sys
 import textwrap
 import time
 from collections import Counter
@@ -13,13 +12,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console, RenderableType
+from rich.console import RenderableType
 from rich.progress import Progress
 from rich.text import Text
 
 from detdistill.engine.checkpoint import last_good, write_text
 from detdistill.errors import UserError
-from detdistill.progress import Advance, Counts, Pace, columns, seconds_left
+from detdistill.progress import Advance, Counts, Pace, columns, plain_console, seconds_left
 
 ZERO_STEPS = 50
 
@@ -127,7 +126,7 @@ class RunDisplay:
         """`done` of `total` steps are behind us."""
         self.title, self.total = title, total
         self.quiet = quiet
-        self._console = Console(file=sys.stderr, highlight=False)
+        self._console = plain_console()
         self._bar: _RunBar | None = None
         self._start, self._first = time.monotonic(), done
         self._pace = Pace(wait=False)

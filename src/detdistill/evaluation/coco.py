@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -105,7 +103,7 @@ def match_at_50(ground_truth: Mapping[str, Any], results: Sequence[Result]) -> M
 
 
 def _evaluated(ground_truth: Mapping[str, Any], results: Sequence[Result]) -> hotcoco.COCOeval:
-    """An evaluation that has run; its printed summary is swallowed."""
+    """An evaluation that has run."""
     # Own ids throughout, 1, 2, ...: the library passes ids through float64, where large ones meet,
     # takes 0 for "none", and reports per class name, where names may repeat.
     images = _renumbered(ground_truth["images"])
@@ -123,12 +121,11 @@ def _evaluated(ground_truth: Mapping[str, Any], results: Sequence[Result]) -> ho
         ],
         "categories": [{"id": i, "name": str(i)} for i in categories.values()],
     }
-    with contextlib.redirect_stdout(io.StringIO()):
-        truth = hotcoco.COCO(data)
-        evaluation = hotcoco.COCOeval(
-            truth, truth.load_res(_rows(results, images, categories)), "bbox"
-        )
-        evaluation.run()
+    truth = hotcoco.COCO(data)
+    evaluation = hotcoco.COCOeval(truth, truth.load_res(_rows(results, images, categories)), "bbox")
+    evaluation.evaluate()
+    evaluation.accumulate()
+    evaluation.summary_lines()  # `summarize` prints them
     return evaluation
 
 

@@ -16,7 +16,9 @@ from detdistill.detectors import FPNDetector, create_detector
 from detdistill.distill import Distiller, create_method
 from detdistill.engine.ahead import look_ahead
 from detdistill.engine.build import load_teacher
+from detdistill.engine.distributed import pick_device
 from detdistill.engine.optim import run_length
+from detdistill.engine.trackers import require_trackers
 from detdistill.errors import UserError
 from detdistill.evaluation.run import knows_classes
 from detdistill.recipe import Recipe, split_teacher
@@ -54,6 +56,8 @@ def check_study(
             f"jobs {jobs}, devices {recipe.devices}: expected 1 or more jobs, of which several run "
             f"on one device each: leave one of the two at 1"
         )
+    pick_device(recipe)
+    require_trackers(recipe)
     splits = _open_splits(recipe)
     _check_pairs(recipe, teacher, methods, splits[-1])
     if new:

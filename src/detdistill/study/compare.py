@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 import statistics
 import threading
@@ -186,10 +187,11 @@ class _Study:
         return {"student": control, **taught}
 
     def same_time(self, control: Recipe, scores: dict[str, RunScore]) -> RunScore:
-        """A control that trains as long as the slowest distilled run of its seed took."""
+        """A control that trains at least as long as the slowest distilled run of its seed took."""
         done = scores["student"]
         ratio = max(_seconds(score) for score in scores.values()) / _seconds(done)
-        epochs = max(control.epochs, round(control.epochs * ratio))
+        # Part of an epoch counts as one; a twentieth of the time is noise.
+        epochs = max(control.epochs, math.ceil(control.epochs * (ratio - 0.05)))
         if epochs == control.epochs:
             with self.lock:
                 self.left -= 1

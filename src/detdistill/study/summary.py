@@ -31,6 +31,8 @@ TITLES = {
 T_LIMITS = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23)
 CONVERGED = 1.0
 """A control that still gains this many AP in its last quarter has not converged."""
+AS_LONG = 0.9
+"""An arm that took this share of the slowest one's time is held against the same-time control."""
 
 
 @dataclass(frozen=True)
@@ -155,17 +157,19 @@ def verdicts(arms: Sequence[Arm]) -> list[str]:
     """Sentences about each method: against the control, the teacher, and the same-time control."""
     teacher, control = arm_of(arms, "teacher"), control_of(arms)
     same_time = next(arm for arm in arms if arm.kind == "same_time")
+    methods = [arm for arm in arms if arm.kind == "method"]
+    slowest = max(arm.seconds or 0.0 for arm in methods)
     sentences = []
-    for arm in arms:
-        if arm.kind != "method":
-            continue
+    for arm in methods:
         gains = paired_gains(arm, same_time)
-        caveat = " at equal steps, not at equal training time" if max(gains) <= 0 else ""
+        as_long = (arm.seconds or 0.0) >= AS_LONG * slowest
+        behind = as_long and max(gains) <= 0
+        caveat = " at equal steps, not at equal training time" if behind else ""
         text = verdict(arm.title, paired_gains(arm, control), caveat)
         if teacher is not None:
             text += _against_teacher(arm, control, teacher)
         sentences.append(text)
-        sentences.append(_against_same_time(arm.title, gains, same_time, control))
+        sentences.append(_against_same_time(arm, gains, same_time, control, as_long))
     return sentences
 
 
@@ -201,11 +205,9 @@ def warnings(arms: Sequence[Arm]) -> list[str]:
 
 
 def late_gain(run: RunScore) -> float | None:
-    """AP gained on val in the last quarter of training; None with too few evaluations."""
+    """AP gained on val in the last quarter of training; None without an evaluation at its begin."""
     log = read_log(run.folder, "eval")
-    if len(log) < 2:
-        return None
-    before = [entry for entry in log if entry["step"] <= 0.75 * log[-1]["step"]]
+    before = [entry for entry in log if 0.6 <= entry["step"] / log[-1]["step"] <= 0.75]
     if not before:
         return None
     return float(100 * (log[-1]["metrics"]["AP"] - before[-1]["metrics"]["AP"]))
@@ -230,14 +232,24 @@ def _within_noise(arm: Arm) -> list[str]:
     ]
 
 
-def _against_same_time(title: str, gains: list[float], same_time: Arm, control: Arm) -> str:
+def _against_same_time(
+    arm: Arm, gains: list[float], same_time: Arm, control: Arm, as_long: bool
+) -> str:
+    """What the control with more time says; it had that of the slowest method."""
     epochs = [run.epochs for run in same_time.runs if run.epochs is not None]
     base = [run.epochs for run in control.runs if run.epochs is not None]
     factor = statistics.fmean(epochs) / statistics.fmean(base)
     if factor == 1:
         return "Distillation took no longer than the student alone, which so had the same time."
     reach = f" (seeds {min(gains):+.1f} to {max(gains):+.1f})" if len(gains) > 1 else ""
+    given = f"the same training time ({factor:.2g} x the epochs)"
+    if not as_long and arm.seconds and control.seconds:
+        own = arm.seconds / control.seconds
+        given = (
+            f"the time of the slowest method ({factor:.2g} x the epochs; {arm.title} itself took "
+            f"{own:.2g} x the student's time)"
+        )
     return (
-        f"Against the student alone given the same training time ({factor:.2g} x the epochs): "
-        f"{title} {statistics.fmean(gains):+.1f} AP{reach}."
+        f"Against the student alone given {given}: "
+        f"{arm.title} {statistics.fmean(gains):+.1f} AP{reach}."
     )

@@ -87,7 +87,7 @@ def markdown_table(arms: Sequence[Arm]) -> str:
 
 def print_table(arms: Sequence[Arm], sentences: Sequence[str], caveats: Sequence[str]) -> None:
     """Table, verdict and warnings on standard output; colours only on a terminal."""
-    console = Console()
+    console = Console(markup=False, emoji=False)
     if not console.is_terminal:
         print("\n".join([plain_table(arms), "", *sentences, *(f"Warning: {c}" for c in caveats)]))
         return
@@ -98,9 +98,9 @@ def print_table(arms: Sequence[Arm], sentences: Sequence[str], caveats: Sequence
         table.add_row(*row, style="bold" if arm.kind == "method" else "")
     console.print(table)
     for sentence in sentences:
-        console.print(sentence, style="bold", markup=False, highlight=False)
+        console.print(sentence, style="bold", highlight=False)
     for caveat in caveats:
-        console.print(f"Warning: {caveat}", style="yellow", markup=False, highlight=False)
+        console.print(f"Warning: {caveat}", style="yellow", highlight=False)
 
 
 def _row(arm: Arm, control: Arm, teacher: Arm | None) -> list[str]:
