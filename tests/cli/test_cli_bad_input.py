@@ -98,6 +98,10 @@ def refused(run: Run, arguments: list[str], *fragments: str) -> str:
         (["eval", "--weights", "gone.safetensors", "--data", "my_coco"], ["gone.safetensors"]),
         (["eval", "--weights", "my_coco", "--data", "my_coco"], ["my_coco"]),
         (["eval", "--weights", "my_coco"], ["--data FOLDER"]),
+        (
+            ["eval", "--weights", "a", "--data", "b", "--set", "student_options.norm_on_bbox=true"],
+            ["--set student_options.norm_on_bbox=true", "convert --set OPTION=VALUE"],
+        ),
         (["predict", "--weights", "gone.pth", "a.jpg", "--out", "run"], ["gone.pth"]),
         (
             ["predict", "--weights", "gone.pth", "a.jpg", "--out", "my_coco/annotations/val.json"],

@@ -209,6 +209,10 @@ def test_a_recipe_trains_its_teacher_with_the_teachers_options(
     assert [s.student_options["base_channels"] for s in seen] == [32, 16, 16]
     assert all(s.teacher is None and s.methods == {} for s in seen)
     assert (seen[2].seed, seen[2].strict) == (4, True)
+    data[1] = "bccd"  # both are gfl_r18
+    assert run("train", "--detector", "gfl_r18", *data)[0] == 0
+    assert run("train", *data)[0] == 0
+    assert [s.student_options["base_channels"] for s in seen[3:]] == [32, 16]
 
 
 def test_distill_keeps_the_recipes_method_options(

@@ -87,7 +87,7 @@ def test_sizes_and_normalisation(recipe):
     assert found.level == "ok"
     [found] = check_input(teacher_of(CLASSES, input_size=(800, 1333)), student, recipe)
     assert found.level == "warning"
-    assert "--set resize_short=[800] --set resize_long=1333" in found.advice
+    assert "--set 'resize_short=[800]' --set resize_long=1333" in found.advice
     own = teacher_of(CLASSES)
     own.pixel_mean.zero_()
     unknown, normalisation = check_input(own, student, recipe)

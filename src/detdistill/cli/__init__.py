@@ -133,7 +133,7 @@ _recipes = _group("Work with the bundled recipes.")
 _recipes.command("copy")(using.copy_recipe)
 _recipes.callback()(lambda: None)  # keeps `copy` a command of its own although it is the only one
 app.add_typer(_recipes, name="recipe")
-_data = _group("Make data sets, and convert them.")
+_data = _group("Make, convert and split data sets.")
 _data.command("builtin")(datasets.builtin_data)
 _data.command("convert")(datasets.convert_data)
 _data.command("split")(datasets.split_data)

@@ -11,7 +11,10 @@ Data = Annotated[
     str | None,
     typer.Option("--data", metavar="FOLDER", help="COCO, YOLO or Pascal VOC data."),
 ]
-Out = Annotated[Path, typer.Option("--out", metavar="RUN", help="Folder to write; new or empty.")]
+Out = Annotated[
+    Path,
+    typer.Option("--out", metavar="RUN", help="New or empty folder, or the one to go on with."),
+]
 RecipeFile = Annotated[
     str | None,
     typer.Option("--recipe", metavar="FILE", help="Recipe file, or a name of `list recipes`."),
@@ -19,6 +22,14 @@ RecipeFile = Annotated[
 Assignments = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="A.B=C", help="Override one setting; may be repeated."),
+]
+DetectorOptions = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        metavar="OPTION=VALUE",
+        help="An option of the detector, e.g. norm_on_bbox=true; may be repeated.",
+    ),
 ]
 Strict = Annotated[bool, typer.Option("--strict", help="Stop at faults of single annotations.")]
 Split = Annotated[Literal["train", "val", "test"], typer.Option(help="Which annotations to use.")]

@@ -50,7 +50,11 @@ def train(
         raise UserError("no detector was given: add --detector NAME, e.g. --detector gfl_r18")
     given = {"data": data, "devices": devices, "nodes": nodes, "seed": seed}
     given["strict"] = strict or None
-    settings = checks.training_recipe(_alone(values, name), recipe, given, assignments)
+    side = (
+        "teacher_options" if detector and detector == values.get("teacher") else "student_options"
+    )
+    alone = _alone(values, name, values.get(side, {}))
+    settings = checks.training_recipe(alone, recipe, given, assignments)
     if settings.methods or settings.teacher:
         raise UserError("`train` has no teacher; use `detdistill distill` for methods")
     _run(settings, out, resume)
@@ -60,10 +64,9 @@ def train(
     )
 
 
-def _alone(values: dict[str, Any], name: str) -> dict[str, Any]:
+def _alone(values: dict[str, Any], name: str, options: dict[str, Any]) -> dict[str, Any]:
     """Of a recipe that describes a pair what is needed to train one of the two."""
-    side = "teacher_options" if name == values.get("teacher") else "student_options"
-    changes = {"student": name, "student_options": values.get(side, {}), "teacher": None}
+    changes = {"student": name, "student_options": options, "teacher": None}
     return values | changes | {"teacher_options": {}, "methods": {}, "arms": {}}
 
 

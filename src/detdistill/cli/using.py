@@ -48,6 +48,12 @@ def evaluate(
     """Print the 12 COCO numbers, and AP per class."""
     from detdistill.recipe import resolve_recipe
 
+    for assignment in assignments or []:
+        if assignment.startswith(("student_options.", "teacher_options.")):
+            raise UserError(
+                f"--set {assignment}: eval takes weights as they are; name options that another "
+                f"framework's file does not show once, by detdistill convert --set OPTION=VALUE"
+            )
     given = {"data": data, "strict": strict or None}
     values = checks.recipe_values(recipe)
     settings = resolve_recipe(values, recipe or "command line", given, assignments or [])
@@ -90,7 +96,7 @@ def at_input_size(settings: Recipe, model: FPNDetector) -> Recipe:
         return settings.model_copy(update=changes)
     typer.echo(
         f"the weights do not say their input size; used: resize_short={settings.resize_short}, "
-        f"resize_long={settings.resize_long} (others by --recipe, or --set resize_short=[800] "
+        f"resize_long={settings.resize_long} (others by --recipe, or --set 'resize_short=[800]' "
         f"--set resize_long=1333)",
         err=True,
     )

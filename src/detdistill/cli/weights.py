@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from detdistill.cli import checks
-from detdistill.cli.options import Assignments
+from detdistill.cli.options import DetectorOptions
 from detdistill.cli.using import DetectorName, Weights
 from detdistill.errors import UserError
 
@@ -31,7 +31,7 @@ def convert(
     partial: Annotated[
         bool, typer.Option("--partial", help="Take what fits, and list what does not.")
     ] = False,
-    assignments: Assignments = None,
+    assignments: DetectorOptions = None,
 ) -> None:
     """Turn weights of other frameworks into ours, or ours into theirs."""
     if out.suffix not in (".safetensors", ".pth"):

@@ -125,7 +125,7 @@ def enlarge(sides: Tensor, least: float, recipe: Recipe) -> str:
             f"measure {wanted} px and more"
         )
     return (
-        f"show the images larger: --set resize_short=[{wanted}] --set "
+        f"show the images larger: --set 'resize_short=[{wanted}]' --set "
         f"resize_long={math.ceil(long * wanted / short)}"
     )
 

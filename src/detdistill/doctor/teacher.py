@@ -131,7 +131,7 @@ def check_input(teacher: FPNDetector, student: FPNDetector, recipe: Recipe) -> l
             Finding(
                 "warning",
                 f"it was trained at {_x((short, long))}, the recipe shows images at {_x(shown)}",
-                f"--set resize_short=[{short}] --set resize_long={long}, or a teacher that was "
+                f"--set 'resize_short=[{short}]' --set resize_long={long}, or a teacher that was "
                 f"trained at the recipe's size",
             )
         )
