@@ -10,6 +10,7 @@ from detdistill import UserError, create_detector
 from detdistill.detectors.backbone_weights import load_backbone
 from detdistill.parts.backbones import Backbone
 
+SLOW = pytest.mark.slow
 NARROW = {"fpn_channels": 8, "tower_channels": 8}
 
 
@@ -47,6 +48,19 @@ def test_timm_flattens_names(tmp_path):
     backbone = build("gfl_convnext_atto", tmp_path / "atto.pth")
     assert torch.equal(
         backbone.body.stages_3.blocks[1].mlp.fc1.weight, state["stages.3.blocks.1.mlp.fc1.weight"]
+    )
+
+
+@pytest.mark.parametrize(
+    "name", ["resnetv2_50", "twins_svt_small", pytest.param("hrnet_w18_small", marks=SLOW)]
+)
+def test_timms_own_file_fits_whatever_timm_makes_of_the_network(name, tmp_path):
+    state = scrambled(timm.create_model(name))
+    torch.save(state, tmp_path / "own.pth")
+    backbone = build(f"gfl_{name}", tmp_path / "own.pth")
+    filled = backbone.body.state_dict()
+    assert all(
+        any(v.equal(w) for w in state.values() if w.shape == v.shape) for v in filled.values()
     )
 
 

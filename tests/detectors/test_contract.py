@@ -4,8 +4,9 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from detdistill import create_detector, list_detectors, load_detector, save_detector
+from detdistill import UserError, create_detector, list_detectors, load_detector, save_detector
 from detdistill.boxes import clip_xyxy, elementwise_iou
+from detdistill.detectors.fcos import FCOS
 from detdistill.detectors.registry import BACKBONES
 from detdistill.detectors.stages import DenseHead, RoIStages
 from tests.helpers import DENSE_R18, make_batch, narrow, narrow_options
@@ -215,6 +216,20 @@ def test_predict_returns_pixels_of_the_given_image(name):
     assert found.boxes_xyxy[:, 3].max() <= 50 + 1e-3
     assert found.boxes_xyxy[:, 2].max() > 100, "boxes should reach over the whole width"
     assert (found.scores.diff() <= 0).all()
+
+
+def test_predict_leaves_the_mode_as_it_was_whatever_happens():
+    detector = narrow().train()
+    with pytest.raises(UserError):
+        detector.predict([torch.zeros(1, 64, 64, dtype=torch.uint8)])
+    assert detector.training
+
+
+def test_a_detector_that_does_not_know_its_options_is_not_saved(tmp_path):
+    options = {"fpn_channels": 8, "tower_channels": 8, "norm_on_bbox": True}
+    with pytest.raises(UserError, match=r"built from its class.*create_detector"):
+        save_detector(FCOS(3, backbone="resnet18", **options), tmp_path / "model.safetensors")
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("name", R18)

@@ -133,6 +133,21 @@ def test_coco_categories_become_the_80_classes(tmp_path):
     assert load_detector("fcos_r18", tmp_path / "coco.pth", labels=[5]).num_classes == 1
 
 
+@pytest.mark.parametrize(("kind", "count"), [("fcos", 91), ("faster_mobilenet", 90)])
+def test_ninety_one_labels_of_ones_own_stay_what_they_were(kind, count, tmp_path):
+    view = as_detector(build(kind, classes=91))
+    view.input_size = (64, 96)
+    save_detector(view, tmp_path / "model.safetensors")
+    loaded = load_detector(tmp_path)
+    assert (loaded.num_classes, loaded.classes, loaded.labels) == (count, None, None)
+    assert loaded.input_size == (64, 96)
+    assert load_detector(tmp_path, min_size=128).input_size[0] == 128
+    facts = json.loads((tmp_path / "model.json").read_text())
+    (tmp_path / "model.json").write_text(json.dumps(facts | {"num_classes": 80}))
+    with pytest.raises(UserError, match=f"its labels are {count}, its num_classes 80"):
+        load_detector(tmp_path)
+
+
 FASTER = {"faster_v1": "r50", "faster_v2": "r50", "faster_mobilenet": "mobilenet_v3_large"}
 
 

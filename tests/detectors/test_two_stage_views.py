@@ -149,6 +149,13 @@ def test_detections_are_the_models_own(model):
         assert torch.equal(scaled.labels, own["labels"] - 1)
 
 
+def test_an_image_without_proposals_has_no_detections(model, monkeypatch):
+    view = as_detector(model.eval())
+    monkeypatch.setattr(model.rpn, "score_thresh", 1.0)
+    found = view.predict([torch.zeros(3, 60, 80, dtype=torch.uint8)])
+    assert [len(one) for one in found] == [0]
+
+
 PUBLISHED = ["resnet50_fpn", "resnet50_fpn_v2"]
 PUBLISHED += ["mobilenet_v3_large_fpn", "mobilenet_v3_large_320_fpn"]
 

@@ -1,6 +1,7 @@
 """Each check on packages that are said to be there, and the whole on those that are."""
 
 from importlib import metadata
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -98,6 +99,19 @@ def test_sources_that_are_not_installed(monkeypatch):
     found = check_installation().findings
     assert "problem" not in levels(found)
     assert any("is not installed" in finding.text for finding in found)
+
+
+@pytest.mark.parametrize(
+    ("major", "hip", "told"), [(7, None, False), (8, None, True), (7, "6.0", True)]
+)
+def test_bf16_that_torch_only_emulates_is_none(monkeypatch, major, hip, told):
+    facts = SimpleNamespace(name="T4", major=major, total_memory=15 * 2**30)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: facts)
+    monkeypatch.setattr(torch.version, "hip", hip)
+    [found] = check_devices()
+    assert ("no bf16" not in found.text) is told
 
 
 def test_a_driver_without_a_gpu_for_torch(monkeypatch):

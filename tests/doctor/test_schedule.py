@@ -1,7 +1,10 @@
 import pytest
+import timm
+import torch
 
 from detdistill import create_method
 from detdistill.doctor.schedule import check_recipe, check_schedules, check_start, recipe_numbers
+from detdistill.engine.build import new_student
 from detdistill.recipe import Recipe
 from tests.doctor.conftest import levels
 from tests.helpers import narrow
@@ -64,10 +67,13 @@ def test_methods_that_act_too_late(options, level, part):
     assert "--set methods.head." in found.advice
 
 
-def test_a_full_backbone_without_imagenet_weights():
-    assert check_start(narrow()) == []
-    wide = narrow()
-    wide.options = {**wide.options, "base_channels": 64}
-    assert levels(check_start(wide)) == ["note"]
-    wide.options["backbone_weights"] = "r18.pth"
-    assert check_start(wide) == []
+def test_a_full_backbone_without_imagenet_weights(tmp_path):
+    assert check_start(narrow(), Recipe()) == []
+    options = {"fpn_channels": 8, "tower_channels": 8}
+    recipe = Recipe(student="gfl_r18", student_options=options)
+    assert levels(check_start(new_student(recipe, ["cat"]), recipe)) == ["note"]
+    state = timm.create_model("resnet18").state_dict()
+    torch.save(state, tmp_path / "r18.pth")
+    options["backbone_weights"] = str(tmp_path / "r18.pth")
+    recipe = Recipe(student="gfl_r18", student_options=options)
+    assert check_start(new_student(recipe, ["cat"]), recipe) == []

@@ -55,6 +55,12 @@ def test_every_assigner_reaches_large_boxes(name):
     assert student.training
 
 
+def test_a_two_stage_student_is_measured_before_it_draws():
+    """784 anchors fit these 196 boxes, of which the RPN trains on 128."""
+    boxes = [[x, y, x + 48, y + 48] for x in range(4, 788, 56) for y in range(4, 788, 56)]
+    assert measure_reach(narrow("faster_rcnn_r18"), [batch_of(boxes, 800)], CPU) == Reach(196)
+
+
 def test_boxes_between_the_points_are_missed():
     """Points of stride 8 stand at 4, 12, 20, ...: the first box holds one, the second none."""
     reach = measure_reach(narrow("fcos_r18"), [batch_of([[2, 2, 6, 6], [5, 5, 11, 11]])], CPU)

@@ -198,6 +198,7 @@ def without_onnxscript(monkeypatch: pytest.MonkeyPatch) -> None:
         (narrow, {}, "gfl_r18 do not say their input size.*--size"),
         (narrow, {"size": (100, 64)}, "100 x 64: expected multiples of 32 pixels, e.g. 96 x 64"),
         (narrow, {"size": (0, 64)}, "input size 0 x 64"),
+        (narrow, {"size": [32, 64], "opset": 17}, "opset 17: gfl_r18 can be"),  # a list will do
         (narrow, {"size": SIZE, "opset": 17}, "opset 17: gfl_r18 can be written in opset 18 to"),
         (lambda: narrow("reppoints_r18"), {"size": SIZE, "opset": 18}, "opset 19 to 23"),
         (narrow, {"path": "model.pt"}, "model.pt: expected a name that ends in .onnx"),

@@ -92,6 +92,12 @@ def test_freezing_ends_with_its_stage(name, stages, frozen, free):
         assert all(p.requires_grad for p in body.get_submodule(part).parameters()), part
 
 
+@pytest.mark.parametrize("name", ["twins_svt_small", "hrnet_w18_small"])
+def test_stages_that_cannot_be_told_apart_are_not_frozen_with_all_the_rest(name):
+    with pytest.raises(UserError, match=rf"frozen_stages=1: the stages of backbone '{name}'"):
+        Backbone(name, frozen_stages=1)
+
+
 @pytest.mark.parametrize("network", [True, False])
 def test_imagenet_weights_that_cannot_be_had(monkeypatch, network):
     create, offline = timm.create_model, []

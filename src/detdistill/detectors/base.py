@@ -168,9 +168,10 @@ class FPNDetector(nn.Module):
         """
         training = self.training
         self.eval()
-        found = [predict_image(self, i, score_threshold, max_detections) for i in images]
-        self.train(training)
-        return found
+        try:
+            return [predict_image(self, i, score_threshold, max_detections) for i in images]
+        finally:
+            self.train(training)
 
     def weighted(self, terms: dict[str, Tensor]) -> dict[str, Tensor]:
         """Multiplies each raw term by its weight and names it `task/...`."""

@@ -71,19 +71,8 @@ class RPN(nn.Module):
         `weights` is 1 for the sampled ones, `positive` and `matched` speak of those alone, and
         `num_positive` counts them all, negatives too, as published.
         """
-        objects = replace(targets, labels=targets.labels.clamp(max=0))
-        anchors = DenseDetector.flat_anchors(output.anchors)
-        valid = cells_on_image(output.pyramid, targets.sizes, self.grid.per_location)
-        if not self.crossing:
-            valid &= _inside(anchors, targets.sizes)
-        matched = assign_max_iou(
-            anchors,
-            valid,
-            objects,
-            positive=IOU_POSITIVE,
-            negative=IOU_NEGATIVE,
-            forced=IOU_NEGATIVE,
-        )
+        objects = _of_one_class(targets)
+        matched = self.match(output, targets)
         sampled = sample_balanced(
             matched >= 0,
             matched == BACKGROUND,
@@ -102,6 +91,21 @@ class RPN(nn.Module):
             num_positive=mean_over_processes(torch.cat(counts).sum().float(), self.reduce),
         )
 
+    def match(self, output: DenseOutput, targets: Targets) -> Tensor:
+        """(B, P) int64: which object each anchor is given before any are drawn, as in `assign`."""
+        anchors = DenseDetector.flat_anchors(output.anchors)
+        valid = cells_on_image(output.pyramid, targets.sizes, self.grid.per_location)
+        if not self.crossing:
+            valid &= _inside(anchors, targets.sizes)
+        return assign_max_iou(
+            anchors,
+            valid,
+            _of_one_class(targets),
+            positive=IOU_POSITIVE,
+            negative=IOU_NEGATIVE,
+            forced=IOU_NEGATIVE,
+        )
+
     def loss(self, output: DenseOutput, assignment: Assignment) -> dict[str, Tensor]:
         """Raw terms `cls`, BCE, and `box`, L1 on deltas; both over the sampled anchors."""
         flat = output.predictions.flatten()
@@ -118,6 +122,11 @@ class RPN(nn.Module):
             "cls": cls / assignment.num_positive,
             "box": (box + flat.boxes.sum() * 0) / assignment.num_positive,
         }
+
+
+def _of_one_class(targets: Targets) -> Targets:
+    """The same boxes as objects, of whatever class."""
+    return replace(targets, labels=targets.labels.clamp(max=0))
 
 
 def _inside(anchors: Tensor, sizes: Sequence[tuple[int, int]]) -> Tensor:

@@ -299,7 +299,7 @@ def settings_of(view: TorchvisionView) -> dict[str, Any]:
         except AttributeError:  # of another family
             continue
     return {
-        "labels": view.labels,
+        "labels": view.labels or list(view.known),
         "frozen": [n for n, p in view.model.named_parameters() if not p.requires_grad],
         "norm_eps": float(norms[0].eps) if norms else None,
         "traits": traits,

@@ -142,8 +142,7 @@ class RPNView(RPN):
     def assign(self, output: DenseOutput, targets: Targets) -> Assignment:
         """By the model's own matcher and sampler; otherwise as `RPN.assign`."""
         objects = Targets(targets.boxes, targets.labels.clamp(max=0), targets.sizes)
-        anchors = DenseDetector.flat_anchors(output.anchors)
-        matched = match_rows(self.own.proposal_matcher, anchors, objects)
+        matched = self.match(output, targets)
         kinds = torch.where(matched >= 0, 1.0, torch.where(matched == BACKGROUND, 0.0, -1.0))
         chosen = self.own.fg_bg_sampler(list(kinds))
         object_, background = (torch.stack(part).bool() for part in chosen)
@@ -158,6 +157,12 @@ class RPNView(RPN):
             matched=matched,
             num_positive=sampled.sum().float().clamp(min=1),
         )
+
+    def match(self, output: DenseOutput, targets: Targets) -> Tensor:
+        """As `RPN.match`, by the model's own matcher."""
+        objects = Targets(targets.boxes, targets.labels.clamp(max=0), targets.sizes)
+        anchors = DenseDetector.flat_anchors(output.anchors)
+        return match_rows(self.own.proposal_matcher, anchors, objects)
 
 
 class RoIHeadView(RoIHead):
@@ -221,7 +226,7 @@ class RoIHeadView(RoIHead):
         pooled = self.pool(pyramid, proposals)
         features = _after_activation(self.own.box_head, pooled)
         logits, deltas = self.own.box_predictor(features[-1])
-        chosen = deltas.reshape(len(deltas), -1, 4)[:, self.labels].flatten(1)
+        chosen = deltas.reshape(len(deltas), deltas.shape[1] // 4, 4)[:, self.labels].flatten(1)
         return RoIOutput(features, logits[:, [*self.labels, 0]], chosen)
 
     def pool(self, pyramid: Pyramid, proposals: Proposals) -> Tensor:

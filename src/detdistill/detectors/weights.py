@@ -70,11 +70,19 @@ def save_detector(
     """Writes `path` (.safetensors) and the .json beside it: all that `load_detector` needs.
 
     Both files appear whole or not at all; the weights come last, so that a pair is complete.
+
+    Raises:
+        UserError: a detector that was built from its class and does not know its options.
     """
     path = Path(path)
     module, options = detector, detector.options
     if isinstance(detector, TorchvisionView):  # the user's model, under the names that it knows
         module, options = detector.model, settings_of(detector)
+    elif not options:
+        raise UserError(
+            f"{detector.name} was built from its class, so its options are not known; build it "
+            f"with create_detector to save it"
+        )
     facts = {
         "format": FORMAT,
         "detector": detector.name,
@@ -193,7 +201,14 @@ def _load_own(
         given = {**facts.options, **options}
         view, state = view_for(read_state(file), file, facts.detector, given)
         fill(view.model, view.name, state, file, strict)
+        if view.num_classes != facts.num_classes:
+            raise UserError(
+                f"{file.with_suffix('.json')}: its labels are {view.num_classes}, its num_classes "
+                f"{facts.num_classes}; save the detector again"
+            )
         view.classes = facts.classes
+        if not {"min_size", "max_size"} & options.keys():
+            view.input_size = facts.input_size
         return view
     given = {**facts.options, "pretrained": False, **options}
     try:

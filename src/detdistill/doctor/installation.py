@@ -172,7 +172,8 @@ def check_devices() -> list[Finding]:
 
 def _gpu(torch: Any, index: int) -> Finding:
     facts = torch.cuda.get_device_properties(index)
-    bf16 = "bf16 and fp16" if torch.cuda.is_bf16_supported() else "fp16, no bf16"
+    native = torch.version.hip or facts.major >= 8  # torch counts emulation, too
+    bf16 = "bf16 and fp16" if native else "fp16, no bf16"
     memory = f"{facts.total_memory / 2**30:.0f} GiB"
     return Finding("ok", f"GPU {index}: {facts.name}, {memory}, {bf16}")
 

@@ -196,7 +196,7 @@ class Doctor:
     ) -> Section:
         section = Section("recipe", "Recipe")
         section.findings += check_recipe(self.recipe, images, steps_per_epoch, total_steps)
-        section.findings += check_start(student)
+        section.findings += check_start(student, self.recipe)
         for fit in fits:
             if not fit.reason:
                 methods = create_methods(self.arms[fit.name])

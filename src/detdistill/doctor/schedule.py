@@ -89,10 +89,10 @@ def _check_warmup(recipe: Recipe, total_steps: int) -> list[Finding]:
     return [Finding("ok", text)]
 
 
-def check_start(student: FPNDetector) -> list[Finding]:
+def check_start(student: FPNDetector, recipe: Recipe) -> list[Finding]:
     """Whether the student's backbone starts from scratch where it need not."""
     options = student.options
-    given = options.get("pretrained") or options.get("backbone_weights")
+    given = options.get("pretrained") or recipe.student_options.get("backbone_weights")
     if given or options.get("base_channels", FULL_WIDTH) != FULL_WIDTH:
         return []
     text = "the student's backbone starts from random weights, which takes much data and time"

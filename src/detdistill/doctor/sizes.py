@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -14,9 +14,10 @@ from detdistill.boxes import area, keep_ratio_size
 from detdistill.data import DetectionDataset
 from detdistill.data.transforms import DIVISOR, eval_size
 from detdistill.detectors import FPNDetector
+from detdistill.detectors.two_stage import TwoStageDetector
 from detdistill.doctor.finding import Finding, Level
 from detdistill.recipe import Recipe
-from detdistill.structures import Batch, TwoStageAssignment
+from detdistill.structures import Assignment, Batch
 
 FEW_SMALL = 0.05
 """Share of boxes below the finest stride that is usual in good data sets."""
@@ -75,10 +76,12 @@ def measure_reach(student: FPNDetector, batches: Iterable[Batch], device: torch.
     for batch in batches:
         batch = batch.to(device)
         targets, output = batch.padded_targets(), student(batch)
-        assignment = student.assign(output, targets)
-        dense = assignment.dense if isinstance(assignment, TwoStageAssignment) else assignment
+        if isinstance(student, TwoStageDetector):  # before it draws some of them
+            matched = student.rpn.match(output, targets)
+        else:
+            matched = cast(Assignment, student.assign(output, targets)).matched
         slots = torch.arange(targets.labels.shape[1], device=device)
-        taken = torch.stack([torch.isin(slots, matched) for matched in dense.matched])
+        taken = torch.stack([torch.isin(slots, rows) for rows in matched])
         boxes += int(targets.present.sum())
         missed += area(targets.boxes).sqrt()[targets.present & ~taken].tolist()
     student.train()

@@ -72,6 +72,7 @@ def input_size(detector: FPNDetector, given: tuple[int, int] | None) -> tuple[in
             )
         short, long = (-(-side // PADDED_TO) * PADDED_TO for side in detector.input_size)
         return short, long
+    given = (given[0], given[1])  # also of a list
     rounded = tuple(max(1, round(side / PADDED_TO)) * PADDED_TO for side in given)
     if rounded != given:
         raise UserError(

@@ -90,7 +90,7 @@ class Backbone(nn.Module):
         self.channels_last = getattr(self.body, "output_fmt", "NCHW") == "NHWC"
         if not plain.startswith(PROVEN):
             self._check_maps(name, strides)
-        self._freeze()
+        self._freeze(name)
 
     @torch.no_grad()
     def _check_maps(self, name: str, strides: tuple[int, ...]) -> None:
@@ -115,7 +115,7 @@ class Backbone(nn.Module):
             )
         self.train()
 
-    def _freeze(self) -> None:
+    def _freeze(self, name: str) -> None:
         if self.caffe and self.norm_eval:
             for module in self.modules():
                 if isinstance(module, BATCH_NORMS):
@@ -126,7 +126,23 @@ class Backbone(nn.Module):
         infos = self.body.feature_info.info
         ends = [info["module"] for info in infos if info["reduction"] <= limit]
         if ends:
-            _freeze_until(self.body, ends[-1])
+            for module in self._until(ends[-1], name):
+                module.requires_grad_(False)
+
+    def _until(self, end: str, name: str) -> list[nn.Module]:
+        """All that stands before and in the module `end`, e.g. "layer1" or "blocks.1"."""
+        first, _, index = end.partition(".")
+        found: list[nn.Module] = []
+        for part, child in self.body.named_children():
+            if part == first and index:
+                return [*found, *list(child.children())[: int(index) + 1]]
+            found.append(child)
+            if part == end.replace(".", "_"):  # timm flattens some containers
+                return found
+        raise UserError(
+            f"frozen_stages={self.frozen_stages}: the stages of backbone {name!r} cannot be told "
+            f"apart; use frozen_stages=0"
+        )
 
     def train(self, mode: bool = True) -> Backbone:
         """As `nn.Module.train`, but BatchNorm stays on its stored statistics where asked to."""
@@ -146,19 +162,6 @@ class Backbone(nn.Module):
         if self.channels_last:
             maps = [level.permute(0, 3, 1, 2).contiguous() for level in maps]
         return [*maps[:-1], self.top(maps[-1])]
-
-
-def _freeze_until(body: Any, end: str) -> None:
-    """Freezes all that stands before and in the module `end`, e.g. "layer1" or "blocks.1"."""
-    first, _, index = end.partition(".")
-    for name, child in body.named_children():
-        if name == first and index:
-            for part in list(child.children())[: int(index) + 1]:
-                part.requires_grad_(False)
-            return
-        child.requires_grad_(False)
-        if name == end.replace(".", "_"):  # timm flattens some containers
-            return
 
 
 def _top(name: str, channels: list[int]) -> nn.Module:
