@@ -114,3 +114,7 @@ def test_a_method_that_cannot_act_in_time_is_told(run: Run, my_coco: Path) -> No
     assert code == 0, err
     told = "head acts from step 0, with full weights from 2000, but this run has 1 steps"
     assert f"warning: {told}; lower methods.head.warmup" in err
+    stop = ["--set", "methods.head.warmup=9", "--set", "methods.head.stop=1", "--out", "stopped"]
+    code, _, err = run(*distill("retinanet_r18", "head"), *stop)
+    assert code == 0, err
+    assert "full weights from 9, but it stops at step 1; lower methods.head.warmup" in err

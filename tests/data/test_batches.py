@@ -173,10 +173,14 @@ def test_slices_of_two_processes_are_the_batch_of_one(data):
             assert torch.equal(targets[i]["boxes"], batch.targets[i]["boxes"])
 
 
-def test_accumulation_makes_smaller_steps(data):
-    batches = make_train_batches(*train_set(data, accumulate=2))
-    assert len(batches) == 6
-    assert len(take(batches, 0, 1)[0].sizes) == 2
+def test_accumulation_parts_the_same_batches(data):
+    whole, parts = (make_train_batches(*train_set(data, accumulate=n)) for n in (1, 4))
+    assert len(whole) == len(parts) == 3
+    for step in (0, 2, 3):
+        [batch] = take(whole, step, 1)
+        pieces = take(parts, step, 4)
+        assert [len(piece.sizes) for piece in pieces] == [1] * 4
+        assert [number for piece in pieces for number in piece.image_ids] == batch.image_ids
     dataset, recipe = train_set(data)
     with pytest.raises(UserError, match="batch_size 4 cannot be shared by 3"):
         make_train_batches(dataset, recipe, world_size=3)
@@ -278,6 +282,7 @@ SCRIPT = """
 import multiprocessing, sys, time
 from detdistill.data import make_train_batches, open_dataset
 from detdistill.recipe import Recipe
+multiprocessing.set_start_method("forkserver")  # the default of later Pythons
 recipe = Recipe(data=sys.argv[1], workers=2, batch_size=64, resize_short=[256], accelerator="cpu")
 batches = make_train_batches(open_dataset(recipe, "train"), recipe).batches(0)
 next(batches)

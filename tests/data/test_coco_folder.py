@@ -46,6 +46,13 @@ def test_ground_truth_is_the_file(write_folder):
     json.dumps(truth)
 
 
+def test_a_clipped_box_is_no_larger_than_what_is_left(write_folder):
+    data = coco_dict()
+    data["annotations"][0].update(bbox=[35, 3, 10, 8], area=80)
+    dataset = opened(write_folder(), data)
+    assert dataset.records[0].areas[0].item() == 40
+
+
 @pytest.mark.parametrize(
     ("change", "word", "boxes_left"),
     [

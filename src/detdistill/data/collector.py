@@ -117,6 +117,7 @@ class BoxCollector:
                 "image (clipped)"
             )
             stated_xywh = (left, top, right - left, bottom - top)
+            area = None if area is None else min(area, stated_xywh[2] * stated_xywh[3])
         if area is None:
             area = stated_xywh[2] * stated_xywh[3]
         self._rows[image_id].append((corners, stated_xywh, label, crowd, area))

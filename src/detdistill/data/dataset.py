@@ -40,7 +40,8 @@ class ImageRecord:
         boxes_xyxy: (N, 4) float32 pixels, clipped to the image.
         labels: (N,) int64, 0..K-1.
         crowd: (N,) bool: regions that stand for many objects.
-        areas: (N,) float64 pixels, as the file states them, else those of the box.
+        areas: (N,) float64 pixels, as the file states them, else those of the box; of a clipped box
+            no more than what is left of it.
     """
 
     image_id: int

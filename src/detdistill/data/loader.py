@@ -10,6 +10,7 @@ import math
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Generator, Iterable, Sequence
@@ -34,6 +35,10 @@ from detdistill.structures import Batch
 AUTO_CACHE_BYTES = 2 * 1024**3
 """`cache: auto` holds the decoded images of a set in memory up to this, over all processes."""
 
+# Forked workers share what is held in memory, and know their parent; from Python 3.14 on this is
+# no longer Linux's default.
+_FORK = "fork" if sys.platform == "linux" else None
+
 Key = tuple[int, int]  # (epoch, index)
 Arrays = list[NDArray[Any]]
 
@@ -45,9 +50,9 @@ class TrainBatches:
         self, dataset: DetectionDataset, recipe: Recipe, rank: int, world_size: int
     ) -> None:
         """See `make_train_batches`."""
-        self.batch_size = recipe.batch_size // recipe.accumulate
+        self.batch_size = recipe.batch_size
         self.steps_per_epoch = math.ceil(len(dataset) / self.batch_size)
-        self._share = self.batch_size // world_size
+        self._share = self.batch_size // recipe.accumulate // world_size
         self._rank = rank
         self._recipe = recipe
         self._wide = [record.width >= record.height for record in dataset.records]
@@ -55,18 +60,20 @@ class TrainBatches:
         self._plan = lru_cache(maxsize=1)(self._plan_epoch)
 
     def __len__(self) -> int:
-        """Steps per epoch."""
+        """Optimisation steps per epoch."""
         return self.steps_per_epoch
 
     def batches(self, first_step: int) -> Generator[Batch, None, None]:
-        """Endless batches from a global step on; closing the iterator ends its workers."""
-        return load_batches(self._samples, map(self.keys, count(first_step)), self._recipe)
+        """Endless batches from a step on, `accumulate` parts of each; closing ends the workers."""
+        first = first_step * self._recipe.accumulate
+        return load_batches(self._samples, map(self.keys, count(first)), self._recipe)
 
-    def keys(self, step: int) -> list[Key]:
-        """This process's slice of the batch of a step."""
+    def keys(self, micro: int) -> list[Key]:
+        """This process's slice of a part of the batch of a step."""
+        step, part = divmod(micro, self._recipe.accumulate)
         epoch, place = divmod(step, self.steps_per_epoch)
         indices = self._plan(epoch)[place]
-        start = self._rank * self._share
+        start = part * (self.batch_size // self._recipe.accumulate) + self._rank * self._share
         return [(epoch, index) for index in indices[start : start + self._share]]
 
     def _plan_epoch(self, epoch: int) -> list[list[int]]:
@@ -98,7 +105,7 @@ def make_train_batches(
 ) -> TrainBatches:
     """Training batches of one process.
 
-    A step is a micro step: all processes together see `batch_size / accumulate` images in it.
+    The batch of a step comes in `accumulate` parts, which all processes share.
     Small sets are decoded here, once, before workers are forked, which then share the memory.
 
     Args:
@@ -217,12 +224,14 @@ def load_batches(
     samples: Samples, keys: Iterable[list[Key]], recipe: Recipe
 ) -> Generator[Batch, None, None]:
     """The batches of lists of keys, prepared by the recipe's workers, at most one a core."""
+    workers = min(recipe.workers, _cores())
     loader: DataLoader[Any] = DataLoader(
         samples,
         batch_sampler=keys,
         collate_fn=_identity,
-        num_workers=min(recipe.workers, _cores()),
+        num_workers=workers,
         worker_init_fn=_start_worker,
+        multiprocessing_context=_FORK if workers else None,
         pin_memory=recipe.accelerator != "cpu" and torch.cuda.is_available(),
         # Its own generator: the default would draw from the global one and shift the run's.
         generator=torch.Generator(),

@@ -95,7 +95,8 @@ class Doctor:
         fits = [check_fit(student, teacher.model, *arm) for arm in self.arms.items()]
         yield self._check_teacher(teacher, student, train, splits.get("val"), fits)
         yield self._check_methods(teacher, fits)
-        steps_per_epoch, total_steps = run_length(self.recipe, len(source))
+        steps_per_epoch = len(source)
+        total_steps = run_length(self.recipe, steps_per_epoch)
         yield self._check_recipe(student, fits, len(train), steps_per_epoch, total_steps)
         if self._batches:
             yield self._check_steps(student, teacher, fits, total_steps)

@@ -21,10 +21,9 @@ def make_optimizer(parameters: Iterable[nn.Parameter], recipe: Recipe) -> torch.
     )
 
 
-def run_length(recipe: Recipe, batches_per_epoch: int) -> tuple[int, int]:
-    """Optimisation steps of an epoch, and of the whole run."""
-    steps_per_epoch = max(1, batches_per_epoch // recipe.accumulate)
-    return steps_per_epoch, recipe.max_steps or recipe.epochs * steps_per_epoch
+def run_length(recipe: Recipe, steps_per_epoch: int) -> int:
+    """Optimisation steps of the whole run."""
+    return recipe.max_steps or recipe.epochs * steps_per_epoch
 
 
 Told = list[tuple[str, str]]

@@ -91,7 +91,8 @@ class Run:
         self.module, self.optimizer = fabric.setup(self.distiller, optimizer)
         self.distiller.to(fabric.device)  # the teacher, which Fabric does not see
         self.batches = batches
-        self.steps_per_epoch, self.total_steps = run_length(recipe, len(batches))
+        self.steps_per_epoch = len(batches)
+        self.total_steps = run_length(recipe, self.steps_per_epoch)
         self.step, self.seconds = 0, 0.0
         self.best_ap, self.val_ap, self.teacher_ap = -1.0, -1.0, -1.0  # -1: not known
         torch.manual_seed(recipe.seed + 1 + fabric.global_rank)
@@ -164,10 +165,16 @@ class Run:
         for name, method in self.distiller.methods.items():
             schedule = cast(Method, method).schedule
             full = schedule.start + schedule.warmup
-            if full >= self.total_steps:
+            stopped = schedule.stop is not None and schedule.stop <= min(full, self.total_steps)
+            if stopped or full >= self.total_steps:
                 first = f"{name} acts from step {schedule.start}, with full weights from {full}"
+                end = (
+                    f"it stops at step {schedule.stop}"
+                    if stopped
+                    else f"this run has {self.total_steps} steps"
+                )
                 self.display.say(
-                    f"warning: {first}, but this run has {self.total_steps} steps; lower "
+                    f"warning: {first}, but {end}; lower "
                     f"methods.{name}.{'warmup' if schedule.warmup else 'start'}"
                 )
 
@@ -314,6 +321,6 @@ class Run:
         if self.speaks:
             self._save_student("model", self.val_ap)
             self._write_status(done=True)
-        self.fabric.barrier()
-        best = self.best_ap if self.best_ap >= 0 else None
+        best_ap = self.fabric.broadcast(self.best_ap)  # the first process evaluates
+        best = best_ap if best_ap >= 0 else None
         return RunResult(self.out, self.seconds, self.step, best)

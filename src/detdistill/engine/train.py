@@ -79,7 +79,7 @@ def _loop(run: Run) -> RunResult:
     run.say_schedules()
     run.check_teacher()
     run.module.train()
-    with closing(run.batches.batches(run.step * run.recipe.accumulate)) as batches:
+    with closing(run.batches.batches(run.step)) as batches:
         while run.step < run.total_steps:
             start = time.perf_counter()
             rate = _optimize(run, batches)

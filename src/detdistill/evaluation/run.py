@@ -93,7 +93,7 @@ def evaluate(
     """
     settings: dict[str, Any] = {"data": str(data), "eval_batch": batch_size}
     if detector.input_size is not None:
-        settings["resize_short"] = [detector.input_size[0]]
+        settings["resize_short"] = [min(detector.input_size)]
         settings["resize_long"] = detector.input_size[1]
     if resize_short is not None:
         settings["resize_short"] = [resize_short]
