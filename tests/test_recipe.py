@@ -30,7 +30,6 @@ from detdistill.recipe import read_yaml, resolve_recipe, split_teacher, validate
         ({"batch_size": 10**9}, "batch_size"),
         ({"resize_short": [1]}, r"resize_short\.0"),
         ({"resize_long": 10**9}, "resize_long"),
-        ({"resize_short": [320, 640]}, "resize_short 640 is never reached.*resize_long: 1066"),
         ({"scale_jitter": [1e-4, 1]}, r"scale_jitter \[0.0001, 1.0\] makes sides of 0 to 544"),
         ({"scale_jitter": [0.5, 1e6]}, r"scale_jitter .* makes sides of 160 to 544000000"),
         ({"student_options": {"num_classes": 3}}, "student_options: 'num_classes' is no option"),

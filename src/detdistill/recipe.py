@@ -123,12 +123,6 @@ class Recipe(BaseModel):
                 f"batch_size {self.batch_size} must be a multiple of devices x nodes x accumulate "
                 f"= {self.devices * self.nodes * self.accumulate}"
             )
-        short = max(self.resize_short)
-        if short > self.resize_long:
-            raise ValueError(
-                f"resize_short {short} is never reached, since resize_long is {self.resize_long}; "
-                f"raise that too, e.g. resize_long: {short * 5 // 3}"
-            )
         if self.resize_mode == "range" and len(self.resize_short) != 2:
             raise ValueError("resize_mode 'range' needs two sizes, resize_short: [640, 800]")
         if self.scale_jitter is not None and not 0 < self.scale_jitter[0] <= self.scale_jitter[1]:

@@ -115,6 +115,8 @@ def test_eval_tells_of_faults_and_sizes(run: Run, my_coco: Path) -> None:
 
     code, _, err = run(*command, *explicit, "--strict")
     assert code == 2 and f"image {image}" in err
+    code, _, err = run(*command, *explicit, "--set", "resize_short=[800]")
+    assert code == 2 and "resize_short 800 is never reached" in err
 
 
 def test_analyze_writes_a_page_and_its_numbers(run: Run, my_coco: Path) -> None:

@@ -47,6 +47,11 @@ def test_what_does_not_suit(settings, images, total, part):
     assert [part in finding.text for finding in bad] == [True]
 
 
+def test_sizes_that_no_image_can_have():
+    [wrong, *_] = found_in(Recipe(resize_short=[320, 640], warmup_steps=50))
+    assert wrong.level == "problem" and "resize_short 640 is never reached" in wrong.text
+
+
 def test_methods_that_act_in_time():
     methods = {"crosskd": create_method("crosskd"), "head": create_method("head", warmup=50)}
     assert check_schedules(methods, 1000) == []

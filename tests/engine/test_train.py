@@ -388,6 +388,13 @@ def test_a_schedule_that_cannot_be_followed_is_told(recipe, tmp_path, values, to
         train(recipe(**values, max_steps=1), tmp_path / "trial")
 
 
+def test_sizes_that_no_image_can_have_are_refused(recipe, tmp_path):
+    told = "resize_short 640 is never reached, since resize_long is 544; --set resize_long=1066"
+    with pytest.raises(UserError, match=told):
+        train(recipe(resize_short=[320, 640], resize_long=544), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
 def test_faults_are_listed_in_full(recipe, tmp_path, data):
     folder = shutil.copytree(data, tmp_path / "faulty")
     path = folder / "annotations" / "train.json"

@@ -137,6 +137,7 @@ def test_public_evaluate(folder):
     [
         ({"split": "dev"}, "split is 'dev'"),
         ({"resize_short": 0}, r"evaluate: resize_short\.0"),
+        ({"resize_short": 800}, "evaluate: resize_short 800 is never reached.*give both"),
         ({"batch_size": 0}, "evaluate: eval_batch"),
     ],
 )

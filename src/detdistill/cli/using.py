@@ -61,13 +61,17 @@ def evaluate(
         raise UserError("no data was given: add --data FOLDER with COCO, YOLO or Pascal VOC data")
     from detdistill.cli.tables import print_metrics
     from detdistill.data import open_dataset
+    from detdistill.data.transforms import out_of_reach
     from detdistill.evaluation.run import evaluate_dataset
     from detdistill.progress import Counts
 
     model = load(weights, detector)
     dataset = open_dataset(settings, split)
     show_faults(f"{dataset.source}", dataset.faults)
+    chosen = settings.model_fields_set & {"resize_short", "resize_long"}
     settings = at_input_size(settings, model)
+    if chosen and (wrong := out_of_reach(settings)):
+        raise UserError("; ".join(wrong))
     with Counts() as counts:
         advance = counts.counter(f"{split} images", len(dataset))
         metrics = evaluate_dataset(model, dataset, settings, model.pixel_mean.device, advance)

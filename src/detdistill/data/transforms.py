@@ -75,6 +75,15 @@ def eval_size(recipe: Recipe) -> tuple[int, int]:
     return max(recipe.resize_short), recipe.resize_long
 
 
+def out_of_reach(recipe: Recipe) -> tuple[str, str] | None:
+    """What is wrong with a shorter side above the longer one's limit, and what to do about it."""
+    short, long = eval_size(recipe)
+    if short <= long:
+        return None
+    found = f"resize_short {short} is never reached, since resize_long is {long}"
+    return found, f"--set resize_long={short * 5 // 3}"
+
+
 def draw(recipe: Recipe, height: int, width: int, generator: torch.Generator) -> Transform:
     """Draws a training transform for an image of the given size."""
 

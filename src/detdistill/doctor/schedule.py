@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from detdistill.data.transforms import out_of_reach
 from detdistill.detectors import FPNDetector
 from detdistill.distill import Method
 from detdistill.doctor.finding import Finding, counted
@@ -33,7 +34,9 @@ def check_recipe(
         total_steps: of the run.
     """
     beyond = milestones_beyond(recipe, steps_per_epoch, total_steps)
+    wrong = out_of_reach(recipe)
     return [
+        *([] if wrong is None else [Finding("problem", *wrong)]),
         _check_rate(recipe),
         _check_length(recipe, images, steps_per_epoch, total_steps),
         *_check_batch(recipe, images),

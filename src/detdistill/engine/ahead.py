@@ -8,8 +8,9 @@ from functools import partial
 
 from detdistill.data import DetectionDataset
 from detdistill.data.splits import decode_images
+from detdistill.data.transforms import out_of_reach
 from detdistill.engine.optim import endless_warmup, milestones_beyond
-from detdistill.errors import UserNotice
+from detdistill.errors import UserError, UserNotice
 from detdistill.progress import Counts
 from detdistill.recipe import Recipe
 
@@ -20,8 +21,10 @@ def look_ahead(
     """Tells of a schedule that cannot be followed; decodes all images that will be measured on.
 
     Raises:
-        UserError: for the first image that is broken.
+        UserError: for sizes that no image can have, and the first image that is broken.
     """
+    if wrong := out_of_reach(recipe):
+        raise UserError("; ".join(wrong))
     if recipe.max_steps is None:  # else a trial, which need not learn
         told = endless_warmup(recipe, total_steps)
         told += milestones_beyond(recipe, steps_per_epoch, total_steps)

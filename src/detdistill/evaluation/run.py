@@ -10,6 +10,7 @@ import torch
 
 from detdistill.data import DetectionDataset, ImageRecord, make_eval_batches, open_dataset
 from detdistill.data.splits import Split
+from detdistill.data.transforms import out_of_reach
 from detdistill.detectors import FPNDetector
 from detdistill.errors import UserError
 from detdistill.evaluation.coco import CocoMetrics, Result, coco_metrics
@@ -100,6 +101,8 @@ def evaluate(
     if resize_long is not None:
         settings["resize_long"] = resize_long
     recipe = validate_recipe(settings, "evaluate")
+    if wrong := out_of_reach(recipe):
+        raise UserError(f"evaluate: {wrong[0]}; give both")
     if split not in get_args(Split):
         raise UserError(f"evaluate: split is {split!r}; expected one of {get_args(Split)}")
     if device is None:
