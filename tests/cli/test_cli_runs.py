@@ -31,12 +31,19 @@ def test_from_data_to_comparison(run: Run, my_coco: Path) -> None:
     code, out, err = run(*TRAIN)
     assert code == 0, err
     assert "Next: detdistill distill --teacher teacher" in out
+    assert "--set 'resize_short=[64]'" in out and "student_options" not in out
     assert Path("teacher/model.safetensors").exists()
 
     distill = ["distill", "--teacher", "teacher", "--student", "gfl_r18", "--method", "crosskd"]
     code, out, err = run(*distill, "--data", "my_coco", "--out", "distilled", *SMALL)
     assert code == 0, err
     assert "Next: detdistill eval --weights distilled" in out
+    assert "the teacher was trained at" not in err
+    larger = ["--set", "resize_long=96", "--out", "larger", "--resume"]
+    code, out, err = run(*distill, "--data", "my_coco", *SMALL, *larger)
+    assert code == 0, err
+    told = "trained at short side 64, long 64; this run shows images at short side 64, long 96"
+    assert told in err and "nothing to go on with in this folder; it starts anew" in err
 
     code, out, err = run("eval", "--weights", "distilled", "--data", "my_coco")
     assert code == 0, err

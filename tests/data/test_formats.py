@@ -142,6 +142,14 @@ def test_what_is_none_of_the_three(tmp_path):
             assert words in str(caught.value)
 
 
+@pytest.mark.parametrize("given", ["images", "images/train", ""])
+def test_the_folder_that_was_meant_is_named(tmp_path, given):
+    picture(tmp_path / "outer/mine/images/train/a.png")
+    text(tmp_path / "outer/mine/data.yaml", ["names: [cat]"])
+    with pytest.raises(UserError, match=r"mine holds data\.yaml: was that meant\?"):
+        opened(tmp_path / "outer" / ("mine" if given else "") / given, "val")
+
+
 def test_explicit_files_win_over_the_folder(coco, tmp_path):
     text(tmp_path / "VOC/Annotations/a.xml", [voc_xml(voc_object("cat", 1, 1, 2, 2))])
     recipe = Recipe(

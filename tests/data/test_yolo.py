@@ -49,6 +49,15 @@ def test_reads_images_boxes_and_names(folder):
     assert len(opened(folder, "val").records[0].labels) == 0  # an empty label file
 
 
+def test_ids_that_count_from_one_are_refused(folder):
+    text(folder / "labels/train/a.txt", ["1 0.5 0.5 0.5 0.2", "3 0.25 0.5 0.1 1"])
+    text(folder / "labels/train/b.txt", ["2 0.1 0.1 0.1 0.1"])
+    with pytest.raises(
+        UserError, match=r"data\.yaml: the class ids in the train labels run from 1"
+    ):
+        opened(folder)
+
+
 def test_an_outline_becomes_its_box(folder):
     dataset = with_line(folder, "2 0.5 0.1 0.9 0.4 0.25 0.3")
     assert dataset.faults == []

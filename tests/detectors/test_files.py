@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from detdistill import UserError
+from detdistill import UserError, load_detector
 from detdistill.detectors.files import read_state
 
 STATE = {"a.weight": torch.arange(6.0).reshape(2, 3), "a.bias": torch.zeros(2)}
@@ -76,6 +76,26 @@ def test_a_checkpoint_of_torchvisions_scripts(tmp_path):
     found = read_state(tmp_path / "model_3.pth")
     for key, tensor in STATE.items():
         assert torch.equal(found[key], tensor)
+
+
+def test_yolo_models_and_checkpoints_for_resume_are_told_as_such(tmp_path, monkeypatch):
+    module = types.ModuleType("ultralytics.nn.tasks")
+    model = type("DetectionModel", (), {"__module__": module.__name__})
+    module.DetectionModel = model
+    for package in ("ultralytics", "ultralytics.nn"):
+        monkeypatch.setitem(sys.modules, package, types.ModuleType(package))
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    torch.save({"model": model()}, tmp_path / "yolo11n.pt")
+    tensors = {"model.0.conv.weight": torch.zeros(2), "model.22.cv2.bias": torch.zeros(2)}
+    torch.save(tensors, tmp_path / "clean.pth")
+    told = "is a YOLO model, which is none of our detectors; train a teacher"
+    for name in ([], ["gfl_r50"]):
+        for file in ("yolo11n.pt", "clean.pth"):
+            with pytest.raises(UserError, match=told):
+                load_detector(*name, tmp_path / file)
+    (tmp_path / "last.ckpt").write_bytes(b"")
+    with pytest.raises(UserError, match="is what --resume goes on from, not weights"):
+        load_detector(tmp_path / "last.ckpt")
 
 
 class Calls:

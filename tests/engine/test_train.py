@@ -388,6 +388,13 @@ def test_a_schedule_that_cannot_be_followed_is_told(recipe, tmp_path, values, to
         train(recipe(**values, max_steps=1), tmp_path / "trial")
 
 
+def test_a_val_split_of_training_images_is_told(recipe, tmp_path, data):
+    folder = shutil.copytree(data, tmp_path / "same")
+    shutil.copy(folder / "annotations/train.json", folder / "annotations/val.json")
+    with pytest.warns(UserNotice, match=r"(\d+) of \1 val images are training images, too"):
+        train(recipe(data=str(folder), max_steps=1), tmp_path / "run")
+
+
 def test_sizes_that_no_image_can_have_are_refused(recipe, tmp_path):
     told = "resize_short 640 is never reached, since resize_long is 544; --set resize_long=1066"
     with pytest.raises(UserError, match=told):

@@ -58,10 +58,12 @@ def train(
     if settings.methods or settings.teacher:
         raise UserError("`train` has no teacher; use `detdistill distill` for methods")
     _run(settings, out, resume)
-    _say_next(
-        f"detdistill distill --teacher {shlex.quote(str(out))} --student gfl_r18 --method crosskd"
-        f"{_data_of(settings)} --out runs/distilled"
-    )
+    from detdistill.doctor.commands import Request, distill_command
+
+    # What was set holds for the student too, but for what this detector is.
+    kept = tuple(a for a in assignments or () if not a.startswith("student"))
+    request = Request(str(out), "gfl_r18", settings.data, None, recipe, kept)
+    _say_next(distill_command(request, "crosskd", with_teacher=True))
 
 
 def _alone(values: dict[str, Any], name: str, options: dict[str, Any]) -> dict[str, Any]:

@@ -109,8 +109,18 @@ def _find_in(root: Path, split: Split) -> SplitReader:
     raise UserError(
         f"{root}: {found}; looked for {looked_for(split)} (COCO), {' or '.join(CONFIG_NAMES)} "
         f"(YOLO), Annotations/*.xml with ImageSets/Main/{split}.txt, or {split}/*.xml beside the "
-        "images (VOC)"
+        f"images (VOC){_nearby(root)}"
     )
+
+
+def _nearby(root: Path) -> str:
+    """A hint at a folder above or below that looks like the one that was meant."""
+    here = root.absolute()
+    for folder in (here.parent, here.parent.parent, *sorted(here.iterdir())):
+        for name in (*CONFIG_NAMES, "annotations", "Annotations"):
+            if (folder / name).exists():
+                return f"; {folder} holds {name}: was that meant?"
+    return ""
 
 
 def _file(path: Path, split: Split) -> Path:

@@ -206,6 +206,7 @@ def _read_yolo(config: _Config, split: str) -> DetectionDataset:
             f"{config.source}: none of the {len(images)} {split} images has a label file, looked "
             f"for {labels[0]} and so on; images without objects may lack one, but not all"
         )
+    _refuse_ids_from_one(config, split, texts)
     reader = _LabelReader(boxes, len(config.classes), "kpt_shape" in config.values)
     for number, (label, text) in enumerate(zip(labels, texts, strict=True), 1):
         reader.add(number, label, text or "")
@@ -213,6 +214,18 @@ def _read_yolo(config: _Config, split: str) -> DetectionDataset:
         boxes.faults += _without_image(labels)
     ids = range(1, len(config.classes) + 1)
     return boxes.dataset(config.classes, ids, split, config.source)
+
+
+def _refuse_ids_from_one(config: _Config, split: str, texts: list[str | None]) -> None:
+    """Names would be shifted, and the last class lost."""
+    lines = "\n".join(text for text in texts if text).splitlines()
+    words = {line.split(maxsplit=1)[0] for line in lines if line.strip()}
+    ids = {int(word) for word in words if word.isdecimal()}
+    if ids and min(ids) == 1 and max(ids) == len(config.classes):
+        raise UserError(
+            f"{config.source}: the class ids in the {split} labels run from 1 to {max(ids)}, none "
+            f"is 0; they count from 0, in the order of names: subtract 1 from every id"
+        )
 
 
 def _without_image(labels: list[Path]) -> Iterator[str]:

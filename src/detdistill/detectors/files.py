@@ -29,6 +29,7 @@ METADATA = frozenset(
 
 MAPPINGS = frozenset({"ConfigDict", "Dict"})  # filled item by item
 
+YOLO_PACKAGES = ("ultralytics.", "models.yolo.", "models.common.")
 COUNTER = ".num_batches_tracked"
 WRAPPERS = ("state_dict", "model")  # of OpenMMLab and timm; of torchvision's references and Swin
 
@@ -108,7 +109,17 @@ def _read_pickle(file: Path) -> Any:
             raise _holds_code(file, names) from None
 
 
+def yolo_model(file: Path) -> UserError:
+    """What is said of weights that many will try."""
+    return UserError(
+        f"{file} is a YOLO model, which is none of our detectors; train a teacher on your data "
+        f"instead: detdistill train --detector gfl_r50 --data FOLDER --out runs/teacher"
+    )
+
+
 def _holds_code(file: Path, names: list[str]) -> UserError:
+    if any(name.startswith(YOLO_PACKAGES) for name in names):
+        return yolo_model(file)
     found = f" ({few(names)})" if names else ""
     return UserError(
         f"{file} holds Python objects besides tensors{found}, which could run code and are not "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import warnings
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -25,7 +26,7 @@ from detdistill.detectors.checkpoints import (
 )
 from detdistill.detectors.dense import DenseDetector
 from detdistill.detectors.factory import create_detector, split_name
-from detdistill.detectors.files import few, fill, read_state
+from detdistill.detectors.files import few, fill, read_state, yolo_model
 from detdistill.detectors.torchvision_models import (
     PREFIX,
     is_torchvision,
@@ -38,6 +39,7 @@ from detdistill.recipe import Options, Pixels
 from detdistill.writing import written
 
 FORMAT = 1
+YOLO_TENSOR = re.compile(r"(model\.)+\d+\.")
 
 
 class Facts(BaseModel):
@@ -129,12 +131,19 @@ def load_detector(
     facts_file = file.with_suffix(".json")
     if file.suffix == ".safetensors" and facts_file.exists():
         return _load_own(file, _read_facts(facts_file), wanted, strict, options)
+    if file.suffix == ".ckpt":
+        raise UserError(
+            f"{file} is what --resume goes on from, not weights; give the run folder, {file.parent}"
+        )
+    state = read_state(file)
+    if all(map(YOLO_TENSOR.match, state)):
+        raise yolo_model(file)
     if wanted is None:
         raise UserError(
             f"{file}: no {facts_file.name} beside it says which detector this is; "
             f"name it, e.g. --detector gfl_r50, or --teacher gfl_r50={file.name}"
         )
-    state = _student_alone(read_state(file), file)
+    state = _student_alone(state, file)
     if is_torchvision(state):
         view, state = view_for(state, file, wanted, options)
         fill(view.model, view.name, state, file, strict)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
 from functools import partial
 
 from detdistill.data import DetectionDataset
@@ -16,9 +15,15 @@ from detdistill.recipe import Recipe
 
 
 def look_ahead(
-    recipe: Recipe, steps_per_epoch: int, total_steps: int, measured: Sequence[DetectionDataset]
+    recipe: Recipe,
+    steps_per_epoch: int,
+    total_steps: int,
+    train: DetectionDataset,
+    *measured: DetectionDataset,
 ) -> None:
-    """Tells of a schedule that cannot be followed; decodes all images that will be measured on.
+    """Tells of a schedule that cannot be followed, and of images both trained and measured on.
+
+    Decodes all images that will be measured on.
 
     Raises:
         UserError: for sizes that no image can have, and the first image that is broken.
@@ -30,6 +35,15 @@ def look_ahead(
         told += milestones_beyond(recipe, steps_per_epoch, total_steps)
         for text, advice in told:
             warnings.warn(f"{text}; {advice}", UserNotice, stacklevel=2)
+    learned = {record.path.resolve() for record in train.records}
+    for dataset in measured:
+        shared = sum(record.path.resolve() in learned for record in dataset.records)
+        if shared:
+            text = (
+                f"{shared} of {len(dataset)} {dataset.split} images are training images, too, so "
+                f"AP on {dataset.split} says little; keep them apart, see detdistill data split"
+            )
+            warnings.warn(text, UserNotice, stacklevel=2)
     names = " and ".join(dataset.split for dataset in measured)
     with Counts() as counts:
         decode_images(measured, partial(counts.update, f"{names} images checked"))

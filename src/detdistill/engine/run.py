@@ -12,6 +12,7 @@ from lightning_fabric import Fabric
 
 from detdistill import __version__
 from detdistill.data import TrainBatches
+from detdistill.data.transforms import eval_size
 from detdistill.detectors import FPNDetector, save_detector
 from detdistill.distill import Distiller, Method
 from detdistill.engine.ahead import look_ahead
@@ -113,7 +114,8 @@ class Run:
     def look_ahead(self, resume: bool) -> None:
         """Before anything is written, unless the run goes on, or is one of a study that did it."""
         if self.speaks and not resume:
-            look_ahead(self.recipe, self.steps_per_epoch, self.total_steps, [self.parts.val])
+            splits = [self.parts.train, self.parts.val]
+            look_ahead(self.recipe, self.steps_per_epoch, self.total_steps, *splits)
 
     def open(self) -> None:
         """From here on the run writes into its folder and shows how far it is."""
@@ -139,6 +141,11 @@ class Run:
         self.teacher_ap = metrics.numbers["AP"]
         self._write("teacher", split="val", metrics=metrics.numbers)
         self.display.say(f"teacher {teacher.name}, val AP {100 * self.teacher_ap:.1f}")
+        shown = eval_size(self.recipe)
+        if teacher.input_size is not None and teacher.input_size != shown:
+            sizes = teacher.input_size, shown
+            own, here = (f"short side {short}, long {long}" for short, long in sizes)
+            self.display.say(f"the teacher was trained at {own}; this run shows images at {here}")
         if 0 <= self.teacher_ap < 0.01:
             self.display.say("warning: the teacher finds next to nothing on this data")
 

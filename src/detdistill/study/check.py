@@ -118,7 +118,7 @@ def _look_ahead(
 ) -> None:
     here = recipe.model_copy(update={"cache": "none"})  # nothing is decoded for the count
     batches = make_train_batches(train, here, world_size=recipe.devices)
-    look_ahead(recipe, len(batches), run_length(recipe, len(batches)), [val, test])
+    look_ahead(recipe, len(batches), run_length(recipe, len(batches)), train, val, test)
 
 
 def _teacher(recipe: Recipe, teacher: str, classes: Sequence[str]) -> FPNDetector:

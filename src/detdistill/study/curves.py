@@ -49,7 +49,7 @@ def seeds_chart(arms: Sequence[Arm]) -> str:
                 zorder=3,
             )
             axes.annotate(
-                f"{arm.mean():.1f}",
+                f"mean {arm.mean():.1f}",
                 (max(values), row),
                 xytext=(9, 0),
                 textcoords="offset points",
