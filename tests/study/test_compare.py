@@ -351,6 +351,18 @@ def test_part_of_an_epoch_more_counts_as_one(recipe, world, tmp_path):
     assert [run.epochs for run in arms[-1].runs] == [9]  # of 8
 
 
+def test_a_control_that_lacks_less_than_half_an_epoch_is_not_trained_again(recipe, world, tmp_path):
+    """Studies of before had rounded to the nearest epoch."""
+    world.seconds["crosskd"] = 118
+    arms = run_study(recipe, tmp_path / "study", seeds=[0])
+    assert [run.epochs for run in arms[-1].runs] == [10]  # 9.04 are needed
+    path = tmp_path / "study/runs/student_same_time/seed0/recipe.yaml"
+    path.write_text(path.read_text().replace("epochs: 10", "epochs: 9"))
+    arms = run_study(recipe, tmp_path / "study", seeds=[0])
+    assert [run.epochs for run in arms[-1].runs] == [9]
+    assert not path.parent.with_name("seed0_9_epochs").exists()
+
+
 def test_a_slower_method_moves_the_same_time_control(recipe, world, tmp_path):
     out = tmp_path / "study"
     run_study(recipe, out, seeds=[0])

@@ -200,10 +200,11 @@ class _Study:
         folder = self.out / name
         if (folder / "recipe.yaml").exists():
             before = read_yaml(folder / "recipe.yaml")["epochs"]
-            if before < epochs:  # a slower method has joined the study
+            if before < round(control.epochs * ratio):  # a slower method has joined the study
                 os.replace(folder, folder.with_name(f"{folder.name}_{before}_epochs"))
                 self.record(name, "outgrown")
-            epochs = max(epochs, before)
+            else:
+                epochs = before
         return self.run(name, scaled_epochs(control, epochs), self.jobs.train_and_test)
 
     def run(self, name: str, recipe: Recipe, train: Callable[[Recipe, Path], RunScore]) -> RunScore:
