@@ -50,10 +50,9 @@ def train(
         raise UserError("no detector was given: add --detector NAME, e.g. --detector gfl_r18")
     given = {"data": data, "devices": devices, "nodes": nodes, "seed": seed}
     given["strict"] = strict or None
-    side = (
-        "teacher_options" if detector and detector == values.get("teacher") else "student_options"
-    )
-    alone = _alone(values, name, values.get(side, {}))
+    of_teacher = detector is not None and detector == values.get("teacher")
+    options = values.get("teacher_options" if of_teacher else "student_options", {})
+    alone = _alone(values, name, options)
     settings = checks.training_recipe(alone, recipe, given, assignments)
     if settings.methods or settings.teacher:
         raise UserError("`train` has no teacher; use `detdistill distill` for methods")
@@ -130,6 +129,8 @@ def _run(settings: Recipe, out: Path, resume: bool) -> None:
     """Trains, and says what came of it."""
     from detdistill.engine.train import train as train_run
 
+    if resume and checks.is_first_process() and not (out / "recipe.yaml").exists():
+        typer.echo(f"{out}: nothing to go on with in this folder; it starts anew", err=True)
     result = train_run(settings, out, resume=resume)
     if not checks.is_first_process():
         return

@@ -52,7 +52,8 @@ class TrainBatches:
         """See `make_train_batches`."""
         self.batch_size = recipe.batch_size
         self.steps_per_epoch = math.ceil(len(dataset) / self.batch_size)
-        self._share = self.batch_size // recipe.accumulate // world_size
+        self._part = self.batch_size // recipe.accumulate
+        self._share = self._part // world_size
         self._rank = rank
         self._recipe = recipe
         self._wide = [record.width >= record.height for record in dataset.records]
@@ -73,7 +74,7 @@ class TrainBatches:
         step, part = divmod(micro, self._recipe.accumulate)
         epoch, place = divmod(step, self.steps_per_epoch)
         indices = self._plan(epoch)[place]
-        start = part * (self.batch_size // self._recipe.accumulate) + self._rank * self._share
+        start = part * self._part + self._rank * self._share
         return [(epoch, index) for index in indices[start : start + self._share]]
 
     def _plan_epoch(self, epoch: int) -> list[list[int]]:

@@ -206,26 +206,19 @@ def _read_yolo(config: _Config, split: str) -> DetectionDataset:
             f"{config.source}: none of the {len(images)} {split} images has a label file, looked "
             f"for {labels[0]} and so on; images without objects may lack one, but not all"
         )
-    _refuse_ids_from_one(config, split, texts)
     reader = _LabelReader(boxes, len(config.classes), "kpt_shape" in config.values)
     for number, (label, text) in enumerate(zip(labels, texts, strict=True), 1):
         reader.add(number, label, text or "")
+    if reader.indices and (min(reader.indices), max(reader.indices)) == (1, len(config.classes)):
+        raise UserError(  # names would be shifted, and the last class lost
+            f"{config.source}: the class ids in the {split} labels run from 1 to "
+            f"{len(config.classes)}, none is 0; they count from 0, in the order of names: subtract "
+            f"1 from every id"
+        )
     if all(place.is_dir() for place in places):  # a list may leave images out
         boxes.faults += _without_image(labels)
     ids = range(1, len(config.classes) + 1)
     return boxes.dataset(config.classes, ids, split, config.source)
-
-
-def _refuse_ids_from_one(config: _Config, split: str, texts: list[str | None]) -> None:
-    """Names would be shifted, and the last class lost."""
-    lines = "\n".join(text for text in texts if text).splitlines()
-    words = {line.split(maxsplit=1)[0] for line in lines if line.strip()}
-    ids = {int(word) for word in words if word.isdecimal()}
-    if ids and min(ids) == 1 and max(ids) == len(config.classes):
-        raise UserError(
-            f"{config.source}: the class ids in the {split} labels run from 1 to {max(ids)}, none "
-            f"is 0; they count from 0, in the order of names: subtract 1 from every id"
-        )
 
 
 def _without_image(labels: list[Path]) -> Iterator[str]:
@@ -249,6 +242,8 @@ class _LabelReader:
         self._boxes = boxes
         self._num_classes = num_classes
         self._keypoints = keypoints
+        self.indices: set[int] = set()
+        """The classes that the files name, also such as there are not."""
 
     def add(self, image_id: int, label: Path, text: str) -> None:
         """All lines of a label file."""
@@ -282,6 +277,7 @@ class _LabelReader:
                 "points x y"
             )
         index = int(values[0])
+        self.indices.add(index)
         if index != values[0] or not 0 <= index < self._num_classes:
             raise _FaultyLineError(
                 f"has the class {fields[0]}; expected 0 to {self._num_classes - 1}, as names has "

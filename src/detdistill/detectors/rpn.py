@@ -71,7 +71,7 @@ class RPN(nn.Module):
         `weights` is 1 for the sampled ones, `positive` and `matched` speak of those alone, and
         `num_positive` counts them all, negatives too, as published.
         """
-        objects = _of_one_class(targets)
+        objects = replace(targets, labels=targets.labels.clamp(max=0))
         matched = self.match(output, targets)
         sampled = sample_balanced(
             matched >= 0,
@@ -100,7 +100,7 @@ class RPN(nn.Module):
         return assign_max_iou(
             anchors,
             valid,
-            _of_one_class(targets),
+            targets,
             positive=IOU_POSITIVE,
             negative=IOU_NEGATIVE,
             forced=IOU_NEGATIVE,
@@ -122,11 +122,6 @@ class RPN(nn.Module):
             "cls": cls / assignment.num_positive,
             "box": (box + flat.boxes.sum() * 0) / assignment.num_positive,
         }
-
-
-def _of_one_class(targets: Targets) -> Targets:
-    """The same boxes as objects, of whatever class."""
-    return replace(targets, labels=targets.labels.clamp(max=0))
 
 
 def _inside(anchors: Tensor, sizes: Sequence[tuple[int, int]]) -> Tensor:

@@ -160,9 +160,8 @@ class RPNView(RPN):
 
     def match(self, output: DenseOutput, targets: Targets) -> Tensor:
         """As `RPN.match`, by the model's own matcher."""
-        objects = Targets(targets.boxes, targets.labels.clamp(max=0), targets.sizes)
         anchors = DenseDetector.flat_anchors(output.anchors)
-        return match_rows(self.own.proposal_matcher, anchors, objects)
+        return match_rows(self.own.proposal_matcher, anchors, targets)
 
 
 class RoIHeadView(RoIHead):

@@ -41,7 +41,8 @@ class TorchvisionView(FPNDetector):
         self.options: dict[str, Any] = {}
         self.classes = None
         chosen = None if labels is None else [int(label) for label in labels]
-        self.known, self.labels = known, None if chosen == list(known) else chosen
+        self.known = known
+        self.labels = None if chosen == list(known) else chosen
         wrong = [label for label in self.labels or [] if label not in known]
         if wrong or self.labels == []:
             raise UserError(

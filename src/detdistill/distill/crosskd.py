@@ -149,14 +149,14 @@ class CrossKD(Method):
         assert self.depth is not None and self.student_depth is not None
         entered = step.student.towers[branch][student_level][self.student_depth]
         teacher_map = step.teacher.towers[branch][level][self.depth]
-        if not self.keep_pre_activation:
+        if step.pre_activation and not self.keep_pre_activation:
             entered = activated(entered, self.student_depth)
             teacher_map = activated(teacher_map, self.depth)
         entered = self.adapters[branch](entered)
         if self.align:
             entered = align_statistics(entered, teacher_map).to(entered.dtype)
         # Published: a ReLU follows the alignment, except on raw pyramid levels.
-        return F.relu(entered) if self.depth else entered
+        return activated(entered, self.depth)
 
 
 class PredictionLoss:

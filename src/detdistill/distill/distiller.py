@@ -123,6 +123,7 @@ class Distiller(nn.Module):
             targets=targets,
             student_assignment=assignment,
             iteration=self.iteration,
+            pre_activation=self._keep,
         )
         terms, resting = {}, set()
         for name, method in methods.items():

@@ -35,6 +35,7 @@ class Step:
         student_assignment: made once and shared with the student's own loss: an `Assignment` of a
             dense student, a `TwoStageAssignment` of a two-stage one.
         iteration: optimisation steps before this one.
+        pre_activation: whether some method had the towers' maps kept as they are before it.
     """
 
     student: DenseOutput
@@ -45,6 +46,7 @@ class Step:
     student_assignment: Assignment | TwoStageAssignment
     iteration: int
     _teacher_assignment: Assignment | None = None
+    pre_activation: bool = False
 
     @property
     def dense_teacher(self) -> DenseDetector:

@@ -35,9 +35,9 @@ def look_ahead(
         told += milestones_beyond(recipe, steps_per_epoch, total_steps)
         for text, advice in told:
             warnings.warn(f"{text}; {advice}", UserNotice, stacklevel=2)
-    learned = {record.path.resolve() for record in train.records}
+    learned = {record.path for record in train.records}  # `doctor` compares their bytes, too
     for dataset in measured:
-        shared = sum(record.path.resolve() in learned for record in dataset.records)
+        shared = sum(record.path in learned for record in dataset.records)
         if shared:
             text = (
                 f"{shared} of {len(dataset)} {dataset.split} images are training images, too, so "

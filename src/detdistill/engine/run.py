@@ -172,16 +172,13 @@ class Run:
         for name, method in self.distiller.methods.items():
             schedule = cast(Method, method).schedule
             full = schedule.start + schedule.warmup
-            stopped = schedule.stop is not None and schedule.stop <= min(full, self.total_steps)
-            if stopped or full >= self.total_steps:
+            end, why = self.total_steps, f"this run has {self.total_steps} steps"
+            if schedule.stop is not None and schedule.stop <= end:
+                end, why = schedule.stop, f"it stops at step {schedule.stop}"
+            if full >= end:
                 first = f"{name} acts from step {schedule.start}, with full weights from {full}"
-                end = (
-                    f"it stops at step {schedule.stop}"
-                    if stopped
-                    else f"this run has {self.total_steps} steps"
-                )
                 self.display.say(
-                    f"warning: {first}, but {end}; lower "
+                    f"warning: {first}, but {why}; lower "
                     f"methods.{name}.{'warmup' if schedule.warmup else 'start'}"
                 )
 

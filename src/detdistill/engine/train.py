@@ -70,8 +70,6 @@ def _train(recipe: Recipe, out: Path, resume: bool, fabric: Fabric, stack: ExitS
     fabric.barrier()
     stack.enter_context(closing(run))
     run.open()
-    if resume and state is None:
-        run.display.say("nothing to go on with in this folder; it starts anew")
     return run.finish() if run.step >= run.total_steps else _loop(run)
 
 

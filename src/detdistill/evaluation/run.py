@@ -94,14 +94,15 @@ def evaluate(
     """
     settings: dict[str, Any] = {"data": str(data), "eval_batch": batch_size}
     if detector.input_size is not None:
-        settings["resize_short"] = [min(detector.input_size)]
+        settings["resize_short"] = [detector.input_size[0]]
         settings["resize_long"] = detector.input_size[1]
     if resize_short is not None:
         settings["resize_short"] = [resize_short]
     if resize_long is not None:
         settings["resize_long"] = resize_long
     recipe = validate_recipe(settings, "evaluate")
-    if wrong := out_of_reach(recipe):
+    wrong = out_of_reach(recipe)
+    if wrong and (resize_short, resize_long) != (None, None):
         raise UserError(f"evaluate: {wrong[0]}; give both")
     if split not in get_args(Split):
         raise UserError(f"evaluate: split is {split!r}; expected one of {get_args(Split)}")

@@ -200,7 +200,8 @@ class _Study:
         folder = self.out / name
         if (folder / "recipe.yaml").exists():
             before = read_yaml(folder / "recipe.yaml")["epochs"]
-            if before < round(control.epochs * ratio):  # a slower method has joined the study
+            # A slower method has joined the study; those of before had rounded their epochs.
+            if before < round(control.epochs * ratio):
                 os.replace(folder, folder.with_name(f"{folder.name}_{before}_epochs"))
                 self.record(name, "outgrown")
             else:
