@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torchvision.tv_tensors import BoundingBoxes
 
 from detdistill import Batch, Distiller, UserError
 from detdistill.structures import flatten_maps, rows_of_maps
@@ -46,12 +47,43 @@ BOX = [1.0, 1.0, 20.0, 30.0]
         (batch_of(target(BOX, [0, 1, 2, 1])), r"boxes \(4,\) and labels \(4,\)"),
         (batch_of(target([BOX], [3])), "label 3; the student has classes 0 to 2"),
         (batch_of(target([BOX, BOX], [1, -1])), "a label below 0; the student has"),
-        (batch_of(target([[1, 1, 9, float("nan")]], [0])), "a box that is not finite"),
+        (batch_of(target([[1, 1, 9, float("nan")]], [0])), "expected finite x1, y1, x2, y2"),
+        (batch_of(target([[1, 1, 9, float("inf")]], [0])), "expected finite x1, y1, x2, y2"),
+        (
+            batch_of(
+                target([BOX], [0]), target([BOX, [40.0, 40, 20, 20]], [0, 1]), images=2, sizes=2
+            ),
+            r"target 1 of the batch holds the box \[40.0, 40.0, 20.0, 20.0\]; .* x1 < x2",
+        ),
+        (batch_of(target([[5, 5, 5, 9]], [0])), r"the box \[5.0, 5.0, 5.0, 9.0\]"),
+        (batch_of(target([BOX], [1.5])), r"labels of torch.float32; expected whole numbers"),
+        (batch_of(images=0, sizes=0), "has 0 images"),
+        (
+            Batch(torch.zeros(1, 3, 64, 96), [(96, 64)], [target([BOX], [0])]),
+            r"64 x 96 pixels and sizes \[\(96, 64\)\]; expected \(h, w\)",
+        ),
+        (
+            batch_of(
+                {
+                    **target([BOX], [0]),
+                    "boxes": BoundingBoxes([BOX], format="XYWH", canvas_size=(64, 64)),
+                }
+            ),
+            "boxes of format XYWH; expected XYXY",
+        ),
     ],
 )
 def test_a_batch_that_contradicts_itself_is_refused(batch, message):
     with pytest.raises(UserError, match=message):
         Distiller(narrow())(batch)
+
+
+def test_targets_may_hold_more_than_boxes_and_labels():
+    given = {**target([BOX], [0]), "image_id": 3}
+    given["boxes"] = BoundingBoxes(given["boxes"], format="XYXY", canvas_size=(64, 64))
+    moved = batch_of(given).to("cpu")
+    assert set(moved.targets[0]) == {"boxes", "labels"}
+    assert moved.padded_targets().boxes.tolist() == [[BOX]]
 
 
 @pytest.mark.parametrize(

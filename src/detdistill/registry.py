@@ -69,6 +69,12 @@ def check_choice(what: str, value: str, choices: Iterable[str]) -> None:
         raise UserError(f"{what} is {value!r}; expected {expected}")
 
 
+def check_positive(what: str, value: float) -> None:
+    """`UserError` when a number is not above 0 and finite; `what` names it, e.g. "rm: weight"."""
+    if not 0 < value < math.inf:
+        raise UserError(f"{what} is {value}; expected a number above 0")
+
+
 def checked_keywords(
     what: str, entry: type, options: dict[str, Any], beside: Iterable[str] = ()
 ) -> dict[str, Any]:

@@ -7,7 +7,7 @@ Boxes are `xyxy` in pixels of the padded batch unless a name says otherwise.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -70,43 +70,59 @@ class Batch:
     def padded_targets(self) -> Targets:
         """The ground truth as one `Targets` record; `UserError` where its parts do not match."""
         counts = (len(self.images), len(self.sizes), len(self.targets))
-        if len(set(counts)) > 1:
+        if len(set(counts)) > 1 or not counts[0]:
             raise UserError(
                 "the batch has {} images, {} sizes and {} targets; give one of each per "
                 "image".format(*counts)
+            )
+        height, width = self.images.shape[-2:]
+        if any(h > height or w > width for h, w in self.sizes):
+            raise UserError(
+                f"the batch has images of {height} x {width} pixels and sizes {list(self.sizes)}; "
+                f"expected (h, w) of each image before padding"
             )
         # At least one slot, so that assignment needs no branch for batches without boxes.
         most = max((len(target["boxes"]) for target in self.targets), default=0) or 1
         boxes = self.images.new_zeros((len(self.sizes), most, 4), dtype=torch.float32)
         labels = torch.full(boxes.shape[:2], IGNORE, dtype=torch.int64, device=boxes.device)
         for i, target in enumerate(self.targets):
+            _check_target(i, target)
             count = len(target["boxes"])
-            if target["boxes"].shape != (count, 4) or target["labels"].shape != (count,):
-                shapes = [tuple(target[key].shape) for key in ("boxes", "labels")]
-                raise UserError(
-                    f"target {i} of the batch has boxes {shapes[0]} and labels {shapes[1]}; "
-                    f"expected (N, 4) and (N,)"
-                )
             boxes[i, :count] = target["boxes"].to(boxes)
             labels[i, :count] = target["labels"].to(labels)
         return Targets(boxes, labels, tuple((int(h), int(w)) for h, w in self.sizes))
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch on another device."""
-        return Batch(
-            self.images.to(device, non_blocking=True),
-            self.sizes,
-            [{k: v.to(device, non_blocking=True) for k, v in t.items()} for t in self.targets],
-            self.image_ids,
-        )
+        return self._moved(lambda tensor: tensor.to(device, non_blocking=True))
 
     def pin_memory(self) -> Batch:
         """The same batch in page-locked memory; `DataLoader` calls it."""
-        return Batch(
-            self.images.pin_memory(),
-            self.sizes,
-            [{k: v.pin_memory() for k, v in t.items()} for t in self.targets],
-            self.image_ids,
+        return self._moved(lambda tensor: tensor.pin_memory())
+
+    def _moved(self, move: Callable[[Tensor], Tensor]) -> Batch:
+        targets = [
+            {key: move(target[key]) for key in ("boxes", "labels")} for target in self.targets
+        ]
+        return Batch(move(self.images), self.sizes, targets, self.image_ids)
+
+
+def _check_target(number: int, target: Mapping[str, Tensor]) -> None:
+    """Shapes, box format and kind of labels of one image, all known without a look at values."""
+    boxes, labels = target["boxes"], target["labels"]
+    if boxes.shape != (len(boxes), 4) or labels.shape != (len(boxes),):
+        raise UserError(
+            f"target {number} of the batch has boxes {tuple(boxes.shape)} and labels "
+            f"{tuple(labels.shape)}; expected (N, 4) and (N,)"
+        )
+    named = getattr(boxes, "format", None)  # of torchvision's tv_tensors
+    if named is not None and named.name != "XYXY":
+        raise UserError(
+            f"target {number} of the batch has boxes of format {named.name}; expected XYXY"
+        )
+    if labels.is_floating_point() and len(labels):
+        raise UserError(
+            f"target {number} of the batch has labels of {labels.dtype}; expected whole numbers"
         )
 
 
@@ -329,12 +345,19 @@ class Detections:
 
 
 def check_targets(targets: Targets, batch: Batch, num_classes: int) -> None:
-    """`UserError` where a batch has labels outside 0..K-1 or boxes that are not finite."""
+    """`UserError` where a batch has labels outside 0..K-1 or boxes that are none."""
     count = sum(len(target["labels"]) for target in batch.targets)
-    found = (targets.labels.max(), targets.present.sum(), targets.boxes.isfinite().all())
-    highest, known, finite = torch.stack(found).tolist()  # one wait for the device
+    corners = targets.boxes
+    real = corners.isfinite().all(-1) & (corners[..., 2:] > corners[..., :2]).all(-1)
+    wrong = targets.present & ~real
+    found = (targets.labels.max(), targets.present.sum(), wrong.any())
+    highest, known, any_wrong = torch.stack(found).tolist()  # one wait for the device
     if highest >= num_classes or known < count:
         which = f"label {highest}" if highest >= num_classes else "a label below 0"
         raise UserError(f"the batch holds {which}; the student has classes 0 to {num_classes - 1}")
-    if not finite:
-        raise UserError("the batch holds a box that is not finite; look at its targets")
+    if any_wrong:
+        image, slot = wrong.nonzero()[0].tolist()
+        raise UserError(
+            f"target {image} of the batch holds the box {corners[image, slot].tolist()}; expected "
+            f"finite x1, y1, x2, y2 in pixels, with x1 < x2 and y1 < y2"
+        )

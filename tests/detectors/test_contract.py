@@ -223,6 +223,10 @@ def test_predict_leaves_the_mode_as_it_was_whatever_happens():
     with pytest.raises(UserError):
         detector.predict([torch.zeros(1, 64, 64, dtype=torch.uint8)])
     assert detector.training
+    detector.backbone.eval()  # as where BatchNorm is frozen by hand
+    modes = [module.training for module in detector.modules()]
+    detector.predict([torch.zeros(3, 64, 64)])
+    assert modes == [module.training for module in detector.modules()]
 
 
 def test_a_detector_that_does_not_know_its_options_is_not_saved(tmp_path):

@@ -126,6 +126,15 @@ def test_other_classes_are_refused(folder):
         detect_dataset(detector, dataset, settings(folder), "cpu")
 
 
+def test_a_failure_leaves_every_module_in_its_mode(folder):
+    detector = KnowsAll()
+    detector.train()
+    detector.detect = None
+    with pytest.raises(TypeError):
+        detect_dataset(detector, open_test(folder), settings(folder), "cpu")
+    assert detector.training
+
+
 def test_public_evaluate(folder):
     numbers = evaluate(KnowsAll(), folder, resize_short=64, resize_long=96)
     assert tuple(numbers) == NUMBERS

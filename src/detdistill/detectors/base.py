@@ -9,7 +9,7 @@ from typing import Any, Literal, Self
 import torch
 from torch import Tensor, nn
 
-from detdistill.detectors.inference import predict_image
+from detdistill.detectors.inference import eval_mode, predict_image
 from detdistill.errors import UserError
 from detdistill.parts.backbones import STRIDES, Backbone
 from detdistill.parts.fpn import FPN, ExtraFrom, PooledFPN
@@ -70,10 +70,11 @@ class FPNDetector(nn.Module):
     ) -> None:
         """Builds backbone and pyramid."""
         super().__init__()
-        if not isinstance(num_classes, int) or num_classes < 1:
+        # Also NumPy's whole numbers.
+        if not hasattr(num_classes, "__index__") or num_classes < 1:
             raise UserError(f"num_classes is {num_classes!r}; expected a whole number from 1 on")
         self.name = f"{self.family}_{backbone}"
-        self.num_classes = num_classes
+        self.num_classes = int(num_classes)
         self.options: dict[str, Any] = {}  # what `create_detector` was given, for model.json
         self.classes: list[str] | None = None
         self.input_size: tuple[int, int] | None = None  # (short, long) that `predict` resizes to
@@ -166,12 +167,8 @@ class FPNDetector(nn.Module):
         Images are RGB (3, h, w), uint8 or float on the 0..255 scale, resized to the size the
         detector was trained at when it knows one. The detector is left in the mode it was in.
         """
-        training = self.training
-        self.eval()
-        try:
+        with eval_mode(self):
             return [predict_image(self, i, score_threshold, max_detections) for i in images]
-        finally:
-            self.train(training)
 
     def weighted(self, terms: dict[str, Tensor]) -> dict[str, Tensor]:
         """Multiplies each raw term by its weight and names it `task/...`."""

@@ -14,6 +14,7 @@ from torchvision.models.detection.image_list import ImageList
 from torchvision.ops import box_iou
 
 from detdistill.detectors.base import FPNDetector
+from detdistill.detectors.inference import eval_mode
 from detdistill.errors import UserError
 from detdistill.parts.assigners import BACKGROUND
 from detdistill.parts.heads import Tower
@@ -137,12 +138,9 @@ def _named(features: Tensor | Mapping[str, Tensor]) -> Mapping[str, Tensor]:
 
 def _levels(backbone: nn.Module) -> tuple[tuple[int, ...], list[str]]:
     """Strides and names of the maps, by one pass; modes and statistics stay as they are."""
-    modes = {module: module.training for module in backbone.modules()}
     device = next(backbone.parameters()).device
-    with torch.no_grad():
-        maps = _named(backbone.eval()(torch.zeros(1, 3, PROBE, PROBE, device=device)))
-    for module, mode in modes.items():
-        module.training = mode
+    with torch.no_grad(), eval_mode(backbone):
+        maps = _named(backbone(torch.zeros(1, 3, PROBE, PROBE, device=device)))
     return tuple(PROBE // level.shape[-1] for level in maps.values()), list(maps)
 
 

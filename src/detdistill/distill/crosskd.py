@@ -9,7 +9,7 @@ where it is done.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -36,7 +36,7 @@ from detdistill.parts.losses import (
     mean_over_processes,
     soft_target_focal_sum,
 )
-from detdistill.registry import check_choice
+from detdistill.registry import check_choice, check_positive
 from detdistill.structures import Assignment, FlatPredictions
 
 DECODED_LOSSES = {"giou": giou_loss, "iou": log_iou_loss}
@@ -191,6 +191,9 @@ class PredictionLoss:
             raise UserError(
                 f"{method} with cls=False and box=False distils nothing; keep one branch"
             )
+        if box_loss is not None:
+            check_choice(f"{method}: box_loss", box_loss, get_args(BoxLoss))
+        check_positive(f"{method}: temperature", temperature)
         self.method, self.wanted, self.given_weights = method, wanted, given_weights
         self.box_loss, self.temperature = box_loss, temperature
         self.weights: dict[str, float] = {}

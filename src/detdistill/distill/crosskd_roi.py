@@ -21,6 +21,7 @@ from detdistill.detectors.two_stage import TwoStageDetector
 from detdistill.distill.adapters import channel_adapter, check_same_classes, match_levels
 from detdistill.distill.method import METHODS, Method, Step
 from detdistill.errors import UserError
+from detdistill.registry import check_positive
 from detdistill.structures import Pyramid, RoIOutput
 
 
@@ -50,6 +51,7 @@ class CrossKDRoI(Method):
         """The defaults are the released ones."""
         super().__init__()
         self.weights = {"cls": cls_weight, "box": box_weight}
+        check_positive("crosskd_roi: temperature", temperature)
         self.temperature = temperature
 
     def prepare(self, student: FPNDetector, teacher: FPNDetector | None) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Self, cast
 
@@ -29,6 +30,9 @@ class Distiller(nn.Module):
     registered submodule: it is frozen, stays in eval mode, moves along between devices, and is in
     no state_dict. Without methods this is plain training.
 
+    `iteration`, on which warm-ups rest, counts the forward passes in training mode. Where several
+    of them make one optimisation step, set it to the number of steps before each.
+
     Args:
         student: what is trained.
         teacher: what it learns from, or None. One that no method learns from during training is
@@ -36,7 +40,7 @@ class Distiller(nn.Module):
         methods: by name, e.g. `{"crosskd": CrossKD()}`; the name prefixes the terms.
 
     Raises:
-        UserError: when a method does not fit the pair.
+        UserError: when a method does not fit the pair, or what is given is no detector or method.
     """
 
     def __init__(
@@ -47,19 +51,24 @@ class Distiller(nn.Module):
     ) -> None:
         """Prepares every method for the pair."""
         super().__init__()
-        methods = methods or {}
-        if teacher is student:
-            raise UserError("student and teacher are the same object; load the teacher separately")
+        methods = {} if methods is None else methods
+        _check_kinds(student, teacher, methods)
         for name, method in methods.items():
+            _check_method(name, method)
             if teacher is None and method.needs_teacher:
                 raise UserError(f"{name} needs a teacher; pass --teacher RUN_OR_FILE")
             method.prepare(student, teacher)
-            if not any(method.weights.values()):
-                raise UserError(f"{name}: all its weights are 0; leave it out, or raise one")
+            method.prepared = True
+            _check_weights(name, method.weights)
         self.student = student
         self.methods = nn.ModuleDict(methods)
         if teacher is not None:
             teacher.requires_grad_(False).eval()
+        if not any(parameter.requires_grad for parameter in student.parameters()):
+            raise UserError(
+                "no parameter of the student is trainable, as after it was a teacher; call "
+                "student.requires_grad_(True), or load it anew"
+            )
         needed = any(method.needs_teacher for method in methods.values())
         self._teacher = (teacher if needed else None,)  # a tuple hides it from the module tree
         self.iteration = 0
@@ -72,13 +81,13 @@ class Distiller(nn.Module):
         """The frozen teacher; None where no method learns from one."""
         return self._teacher[0]
 
-    def get_extra_state(self) -> dict[str, int]:
+    def get_extra_state(self) -> Tensor:
         """The iteration, which warm-ups depend on, is saved with the weights."""
-        return {"iteration": self.iteration}
+        return torch.tensor(self.iteration)
 
-    def set_extra_state(self, state: dict[str, int]) -> None:
-        """Restores the iteration."""
-        self.iteration = state["iteration"]
+    def set_extra_state(self, state: Tensor | dict[str, int]) -> None:
+        """Restores the iteration; runs begun with an older version hold it in a dict."""
+        self.iteration = int(state["iteration"] if isinstance(state, dict) else state)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         if self.teacher is not None:
@@ -148,6 +157,41 @@ class Distiller(nn.Module):
             if any(method.teacher_stage == "head" for method in taught):
                 return teacher.head(pyramid, keep_pre_activation=self._keep)
             return DenseOutput(Predictions([], []), {}, [], pyramid)
+
+
+def _check_kinds(student: object, teacher: object, methods: object) -> None:
+    models = {"student": student} | ({} if teacher is None else {"teacher": teacher})
+    for role, model in models.items():
+        if not hasattr(model, "pyramid"):
+            raise UserError(
+                f"the {role} is a {type(model).__name__}, which does not show its stages; give "
+                f"one of create_detector or load_detector, or as_detector(a torchvision model)"
+            )
+    if teacher is student:
+        raise UserError("student and teacher are the same object; load the teacher separately")
+    if not isinstance(methods, Mapping):
+        raise UserError(f'methods is {methods!r}; expected methods by name, {{"pkd": PKD()}}')
+
+
+def _check_method(name: str, method: object) -> None:
+    if not isinstance(method, Method):
+        raise UserError(f"{name} is {method!r}; expected a method such as create_method({name!r})")
+    if name == "task" or "." in name:
+        raise UserError(
+            f"no method can be called {name!r}: its terms start with its name; choose another"
+        )
+    if method.prepared:
+        raise UserError(
+            f"{name} was prepared for another pair and keeps its settings; make a new one"
+        )
+
+
+def _check_weights(name: str, weights: Mapping[str, float]) -> None:
+    wrong = {term: weight for term, weight in weights.items() if not 0 <= weight < math.inf}
+    if wrong:
+        raise UserError(f"{name} has the weights {wrong}; expected numbers from 0 on")
+    if not any(weights.values()):
+        raise UserError(f"{name}: all its weights are 0; leave it out, or raise one")
 
 
 def _silent(method: Method, output: DenseOutput) -> dict[str, Tensor]:

@@ -89,6 +89,7 @@ class Method(nn.Module):
         weights: factor of each raw term; known after `prepare`.
         keep_pre_activation: whether tower maps are wanted before the activation.
         schedule: when it acts; `create_method` takes start, stop and warmup for it.
+        prepared: whether a `Distiller` holds it: settings and adapters are those of a pair then.
     """
 
     needs_teacher = True
@@ -97,6 +98,7 @@ class Method(nn.Module):
     keep_pre_activation = False
     weights: Mapping[str, float]
     schedule = Schedule()
+    prepared = False
 
     def prepare(self, student: FPNDetector, teacher: FPNDetector | None) -> None:
         """Checks the pair and builds adapters; called once, before the first batch.

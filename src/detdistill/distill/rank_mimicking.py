@@ -20,7 +20,7 @@ from detdistill.detectors.dense import DenseDetector
 from detdistill.distill.adapters import check_same_anchors, check_same_classes, require_dense
 from detdistill.distill.method import METHODS, Method, Step
 from detdistill.parts.losses import mean_over_processes
-from detdistill.registry import check_choice
+from detdistill.registry import check_choice, check_positive
 from detdistill.structures import rows_of_maps
 
 PADDED = torch.finfo(torch.float32).min
@@ -65,6 +65,7 @@ class RM(Method):
         check_choice("rm: candidates", candidates, ("teacher", "student"))
         check_choice("rm: normalizer", normalizer, ("batch", "image"))
         check_choice("rm: count", count, ("ranked", "all"))
+        check_positive("rm: temperature", temperature)
         self.weights = {"rank": weight}
         self.score, self.sort, self.temperature = score, align == "sorted", temperature
         self.candidates, self.per_image = candidates, normalizer == "image"

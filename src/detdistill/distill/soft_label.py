@@ -16,6 +16,7 @@ from detdistill.detectors.base import FPNDetector
 from detdistill.distill.adapters import check_same_anchors, check_same_classes, require_dense
 from detdistill.distill.method import METHODS, Method, Step
 from detdistill.parts.losses import bernoulli_kl
+from detdistill.registry import check_positive
 from detdistill.structures import rows_of_maps
 
 
@@ -35,6 +36,7 @@ class SoftLabel(Method):
     def __init__(self, *, weight: float = 1.0, temperature: Annotated[float, Gt(0)] = 1.0) -> None:
         """Nothing is published: the defaults are the plainest."""
         super().__init__()
+        check_positive("soft_label: temperature", temperature)
         self.weights, self.temperature = {"cls": weight}, temperature
 
     def prepare(self, student: FPNDetector, teacher: FPNDetector | None) -> None:

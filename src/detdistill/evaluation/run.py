@@ -12,6 +12,7 @@ from detdistill.data import DetectionDataset, ImageRecord, make_eval_batches, op
 from detdistill.data.splits import Split
 from detdistill.data.transforms import out_of_reach
 from detdistill.detectors import FPNDetector
+from detdistill.detectors.inference import eval_mode
 from detdistill.errors import UserError
 from detdistill.evaluation.coco import CocoMetrics, Result, coco_metrics
 from detdistill.recipe import Recipe, validate_recipe
@@ -40,10 +41,9 @@ def detect_dataset(
         Boxes in pixels of the original images, clipped there; sorted by image, best first.
     """
     category_ids = category_ids_of(detector, dataset)
-    training = detector.training
-    detector.to(device).eval()
+    detector.to(device)
     found: dict[int, list[Result]] = {}
-    with torch.no_grad():
+    with torch.no_grad(), eval_mode(detector):
         for batch, indices in make_eval_batches(dataset, recipe):
             output = detector(batch.to(device))
             detections = detector.detect(output, batch.sizes)
@@ -51,7 +51,6 @@ def detect_dataset(
                 found[index] = _to_results(one, size, dataset.records[index], category_ids)
             if progress is not None:
                 progress(len(indices))
-    detector.train(training)
     return [result for index in sorted(found) for result in found[index]]
 
 

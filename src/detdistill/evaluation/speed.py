@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from detdistill.detectors import FPNDetector
+from detdistill.detectors.inference import eval_mode
 
 WARM_UP = 3
 
@@ -44,15 +45,13 @@ def latency_ms(
         generator = torch.Generator().manual_seed(0)
         image = torch.randint(256, (3, height, width), dtype=torch.uint8, generator=generator)
     image = image.to(device)
-    training = detector.training
-    detector.to(device).eval()
+    detector.to(device)
     seconds = []
-    with torch.no_grad():
+    with torch.no_grad(), eval_mode(detector):
         for _ in range(WARM_UP + repeats):
             start = clock()
             detector.predict([image])
             if device.type == "cuda":
                 torch.cuda.synchronize(device)
             seconds.append(clock() - start)
-    detector.train(training)
     return 1000 * statistics.median(seconds[WARM_UP:])
