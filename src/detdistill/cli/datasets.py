@@ -73,6 +73,9 @@ def split_data(
     test: Annotated[
         float | None, typer.Option(metavar="SHARE", help="Of the training images; 0.15.")
     ] = None,
+    trainval: Annotated[
+        bool, typer.Option("--trainval", help="Take train and val together, and cut val anew.")
+    ] = False,
     group: Annotated[
         str | None,
         typer.Option(
@@ -87,12 +90,14 @@ def split_data(
     checks.check_folder(out)
     if (data is None) == (annotations is None) or (annotations is None) != (images is None):
         raise UserError("give either --data FOLDER, or --images FOLDER with --annotations FILE")
-    from detdistill.data.divide import divide
+    from detdistill.data.divide import divide, join
     from detdistill.recipe import validate_recipe
 
     given = {"data": data, "train_images": images, "train_annotations": annotations}
     recipe = validate_recipe({**given, "strict": strict}, "command line")
     datasets = {dataset.split: dataset for dataset in _all_splits(recipe)}
+    if trainval and {"train", "val"} <= datasets.keys():
+        datasets["train"] = join(datasets["train"], datasets.pop("val"))
     shares = _shares({"val": val, "test": test}, datasets)
     parts = divide(datasets["train"], shares, seed=seed, group=group)
     datasets |= {part.split: part for part in parts}
@@ -128,9 +133,10 @@ def _shares(
         raise UserError(f"{source}: there is no train split to cut others from")
     for name, share in wanted.items():
         if share is not None and name in there:
+            anew = ", or add --trainval to cut it from train and val" if name == "val" else ""
             raise UserError(
                 f"--{name} {share:g}: the data has a {name} split, {there[name].source}; leave "
-                f"--{name} out to keep it"
+                f"--{name} out to keep it{anew}"
             )
     lacking = {name: share for name, share in wanted.items() if name not in there}
     if not lacking:
