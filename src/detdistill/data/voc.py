@@ -224,10 +224,10 @@ def _require_xml(
     files: Sequence[Path],
     annotations: Sequence[VocAnnotation | None],
 ) -> None:
-    """`UserError` when no image of a folder has an XML file, or of one of several years hardly any.
+    """`UserError` when all images lack an XML file, or most of those of one of several years.
 
-    The lists of VOC's later tests are public, their annotations are not but for a part: beside a
-    year with all of them these images would pass for background.
+    The lists of VOC's later tests are public, their annotations are not: beside a year that has
+    them these images would pass for background.
     """
     count = Counter(file.parent for file in files)
     missing: dict[Path, list[Path]] = {}
