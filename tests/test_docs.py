@@ -1,8 +1,8 @@
 """Every fenced code block of README.md and docs/ works as it stands.
 
 A page's blocks run in their order, in one folder that holds a tiny data set in three formats,
-`my_coco`, `my_yolo` and `my_voc`, another in one piece, `pictures` and `labels.json`, and a trained
-`runs/teacher` and `runs/distilled`. The only
+`my_coco`, `my_yolo` and `my_voc`, another in one piece, `pictures` and `labels.json`, two years of
+VOC in `VOCdevkit`, and a trained `runs/teacher` and `runs/distilled`. The only
 change to a command is that training commands and `doctor` get the settings of `SMALL` appended,
 which make them short. All must succeed, but `doctor` may find problems: that teacher was trained
 for two steps.
@@ -20,7 +20,7 @@ import yaml
 
 from detdistill.cli import main
 from detdistill.recipe import validate_recipe
-from tests.data.other_formats import write_voc, write_yolo
+from tests.data.other_formats import write_devkit, write_voc, write_yolo
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")])
@@ -78,6 +78,7 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "whole/annotations/train.json").rename(folder / "labels.json")
     write_yolo(folder / "my_coco", folder / "my_yolo")
     write_voc(folder / "my_coco", folder / "my_voc")
+    write_devkit(folder / "VOCdevkit")
     data = ["--data", str(folder / "my_coco"), *SMALL]
     teacher, distilled = (str(folder / name) for name in GIVEN)
     pair = ["--teacher", teacher, "--student", "gfl_r18", "--method", "crosskd"]

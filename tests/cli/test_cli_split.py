@@ -58,19 +58,37 @@ def test_yolo(run: Run, my_coco: Path) -> None:
     assert {len(images_of(Path("new"), split)) for split in ("train", "test")} == {6, 2}
 
 
+def test_val_is_cut_anew_from_train_and_val(run: Run, my_coco: Path) -> None:
+    before = {split: images_of(my_coco, split) for split in ("train", "val", "test")}
+    share = ["--trainval", "--val", "0.25", "--out", "new"]
+    code, _, err = run("data", "split", "--data", "my_coco", *share)
+    assert code == 0 and err == ""
+    train, val, test = (images_of(Path("new"), split) for split in before)
+    assert len(train) == 9 and len(val) == 3 and test == before["test"]
+    assert train | val == before["train"] | before["val"] and val != before["val"]
+
+
 FAULTS = {
     "nothing given": ([], "give either --data FOLDER, or --images FOLDER with --annotations FILE"),
     "no images": (["--annotations", "x.json"], "give either --data FOLDER"),
     "both": (["--data", "my_coco", "--images", "a", "--annotations", "b"], "give either --data"),
     "nothing missing": (["--data", "my_coco"], "has all three splits already"),
-    "val is there": (["--data", "my_coco", "--val", "0.2"], "--val 0.2: the data has a val split"),
+    "val is there": (
+        ["--data", "my_coco", "--val", "0.2"],
+        ("--val 0.2: the data has a val split", "add --trainval to cut it from train and val"),
+    ),
+    "test is there": (
+        ["--data", "my_coco", "--trainval", "--test", "0.2"],
+        "--test 0.2: the data has a test split",
+    ),
 }
 
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_refused(fault: str, run: Run, my_coco: Path) -> None:
     arguments, expected = FAULTS[fault]
-    refused(run, ["data", "split", *arguments, "--out", "run"], expected)
+    fragments = (expected,) if isinstance(expected, str) else expected
+    refused(run, ["data", "split", *arguments, "--out", "run"], *fragments)
 
 
 @pytest.mark.parametrize("share", ["0", "-0.1", "1", "nan"])

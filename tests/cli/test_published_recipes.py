@@ -16,10 +16,12 @@ import pytest
 import yaml
 
 from detdistill.data import generate_dataset
+from detdistill.data.voc import VOC_CLASSES
 from detdistill.detectors import create_detector, save_detector
 from detdistill.detectors.zoo import list_checkpoints
 from detdistill.recipes import list_recipes, recipe_path
 from tests.cli.conftest import Run
+from tests.data.other_formats import opened, write_devkit
 
 SMALL = {
     "resize_short": [64],
@@ -33,8 +35,13 @@ SMALL = {
     "log_every": 1,
     "accelerator": "cpu",
 }
-WITHOUT_CHECKPOINT = ("crosskd/faster_rcnn_r18_r50_1x", "rm_pfi/retinanet_r50_r101_voc")
+WITHOUT_CHECKPOINT = ("crosskd/faster_rcnn_r18_r50_1x",)
 PUBLISHED = [name for name in list_recipes() if "/" in name and not name.startswith("small/")]
+VOC = (
+    "rm_pfi/retinanet_r50_r101_voc"  # makes its data and its teacher by the commands of its header
+)
+ON_COCO = [name for name in PUBLISHED if name != VOC]
+NARROW = {"base_channels": 8, "fpn_channels": 32}
 ARMS = [
     pytest.param(name, arm, id=f"{name}-{arm}", marks=[pytest.mark.slow] if i else [])
     for name in sorted(set(list_recipes()) - set(PUBLISHED))
@@ -152,11 +159,36 @@ def fitting(detector: str, size: dict[str, int]) -> dict[str, int]:
     return {key: value for key, value in size.items() if resnet or key != "base_channels"}
 
 
-@pytest.mark.parametrize("name", PUBLISHED)
+@pytest.mark.parametrize("name", ON_COCO)
 def test_a_published_recipe_takes_a_step_with_every_term(
     name: str, two_images: Path, run: Run
 ) -> None:
-    one_step(name, two_images, run, {"base_channels": 8, "fpn_channels": 32})
+    one_step(name, two_images, run, NARROW)
+
+
+@pytest.mark.parametrize("size", [NARROW, pytest.param({}, marks=pytest.mark.slow, id="full")])
+def test_from_the_devkit_to_the_recipe_of_voc(size: dict[str, int], run: Run) -> None:
+    """By the commands of the header as they stand, with settings that make them short."""
+    write_devkit(Path("VOCdevkit"))
+    lines = recipe_path(VOC).read_text(encoding="utf-8").splitlines()
+    commands = [line[len("# detdistill ") :] for line in lines if line.startswith("# detdistill ")]
+    distill, split, train, measure = map(shlex.split, commands)
+    changes = {"student_options.pretrained": False}  # there is no network in a test
+    changes |= {f"student_options.{key}": width for key, width in size.items()}
+    sets = [f"--set={key}={json.dumps(value)}" for key, value in {**SMALL, **changes}.items()]
+    for arguments in (split, [*train, *sets], [*distill, *sets], measure):
+        code, out, err = run(*arguments)
+        assert code == 0, err
+        assert "are training images, too" not in err
+    assert out.splitlines()[1].startswith("AP ")
+    assert {term.split("/")[0] for term in terms_of(Path("runs/rm_pfi_voc"))} == {
+        *("task", "rm", "pfi"),
+    }
+    train_set, val, test = (opened(Path("voc0712"), name) for name in ("train", "val", "test"))
+    assert (len(train_set), len(val), len(test)) == (21, 1, 4)
+    names = {record.path.name for part in (train_set, val, test) for record in part.records}
+    assert names == {path.name for path in Path("VOCdevkit").glob("*/JPEGImages/*")}
+    assert test.records[0].path.name == "test0.jpg" and test.classes == list(VOC_CLASSES)
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
@@ -191,7 +223,7 @@ def header_of(name: str) -> str:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", PUBLISHED)
+@pytest.mark.parametrize("name", ON_COCO)
 def test_a_published_recipe_takes_a_step_at_full_size(
     name: str, two_images: Path, run: Run
 ) -> None:

@@ -91,6 +91,26 @@ def write_voc(coco: Path, out: Path) -> Path:
     return out
 
 
+def write_devkit(out: Path) -> Path:
+    """What VOC's archives unpack to, in small: two years, and a public test in the first alone."""
+    sizes = {
+        "VOC2007": {"train": 5, "val": 5, "test": 4},
+        "VOC2012": {"train": 6, "val": 6},
+    }
+    for year, splits in sizes.items():
+        stems = {
+            split: [f"{'2008_' * (year == 'VOC2012')}{split}{i}" for i in range(count)]
+            for split, count in splits.items()
+        }
+        for stem in (stem for names in stems.values() for stem in names):
+            picture(out / year / f"JPEGImages/{stem}.jpg")
+            objects = voc_object("dog", 1, 1, 20, 20) + voc_object("cat", 11, 6, 40, 30)
+            text(out / year / f"Annotations/{stem}.xml", [xml(objects)])
+        for split, names in (stems | {"trainval": stems["train"] + stems["val"]}).items():
+            text(out / year / f"ImageSets/Main/{split}.txt", names)
+    return out
+
+
 def write_roboflow(coco: Path, out: Path) -> Path:
     """A folder a split, the JSON file beside the images, and a category that groups the others."""
     for split, name in zip(SPLITS, ("train", "valid", "test"), strict=True):

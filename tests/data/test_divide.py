@@ -1,12 +1,13 @@
 """Dividing a split, on made-up records; no image is read."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 from detdistill.data import DetectionDataset, ImageRecord
-from detdistill.data.divide import divide
+from detdistill.data.divide import divide, join
 from detdistill.errors import UserError
 
 SHARES = {"train": 0.7, "val": 0.15, "test": 0.15}
@@ -92,6 +93,25 @@ def test_what_the_expression_does_not_find_stands_alone():
     parts = divide(dataset([[0]] * 20, names), SHARES, group="^a_")
     assert sorted(len(part) for part in parts) == [3, 3, 14]
     assert any({10, 11} <= set(images(part)) for part in parts)
+
+
+def test_joined_splits_keep_their_boxes_and_faults():
+    train, val = dataset([[0], [1, 2]], ["a", "b"]), dataset([[], [2]], ["c", "d"])
+    whole = join(train, val)
+    assert whole.split == "train" and whole.faults == ["image 10: odd"] * 2
+    assert [record.path.name for record in whole.records] == ["a", "b", "c", "d"]
+    assert images(whole) == [1, 2, 3, 4]  # both begin with 10
+    stated = [entry["bbox"][:2] for entry in whole.ground_truth()["annotations"]]
+    assert stated == [[0, 0], [1, 0], [1, 1], [1, 0]]
+    *_, last = dataset([[0]] * 4, ["a", "b", "c", "d"]).records
+    assert images(join(train, replace(val, records=[last]))) == [10, 11, 13]
+
+
+def test_an_image_in_both_splits_is_refused():
+    train = dataset([[0], [1]], ["a", "b"])
+    val = replace(dataset([[0]], ["b"]), split="val", source=Path("two.json"))
+    with pytest.raises(UserError, match=r"b: is an image of both train \(one.json\) and val"):
+        join(train, val)
 
 
 @pytest.mark.parametrize(

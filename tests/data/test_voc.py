@@ -1,3 +1,4 @@
+import shutil
 from pathlib import Path
 
 import pytest
@@ -5,7 +6,7 @@ import pytest
 from detdistill.data import require_same_classes
 from detdistill.data.voc import VOC_CLASSES
 from detdistill.errors import UserError
-from tests.data.other_formats import opened, picture, text, voc_object, xml
+from tests.data.other_formats import SPLITS, opened, picture, text, voc_object, write_devkit, xml
 
 BOMB = '<!DOCTYPE a [<!ENTITY b "lol"><!ENTITY c "&b;&b;">]><annotation>&c;</annotation>'
 
@@ -54,6 +55,11 @@ def test_reads_images_boxes_and_names(year):
     assert [entry["iscrowd"] for entry in truth] == [0, 0, 1]
 
 
+def test_an_image_listed_twice_is_read_once(year):
+    text(year / "ImageSets/Main/train.txt", ["b", "a", "b.png", "a"])
+    assert stems(opened(year)) == ["b", "a"]
+
+
 def test_splits_number_their_classes_alike(year, folders):
     for root in (year, folders):
         train, val = opened(root), opened(root, "val")
@@ -88,9 +94,93 @@ def test_the_devkit_finds_its_year(year):
     assert len(opened(root.parent)) == 3
     above = root.parent.rename(root.parent.with_name("VOCdevkit")).parent
     assert len(opened(above)) == 3
-    text(above / "VOCdevkit/VOC2007/Annotations/x.xml", [xml()])
-    with pytest.raises(UserError, match=r"several years .*VOC2007, .*VOC2012"):
-        opened(above)
+
+
+def stems(dataset):
+    return [record.path.stem for record in dataset.records]
+
+
+@pytest.mark.parametrize("above", [False, True])
+def test_several_years_are_one_data_set(tmp_path, above):
+    root = write_devkit(tmp_path / "VOCdevkit")
+    train, val, test = (opened(tmp_path if above else root, split) for split in SPLITS)
+    assert stems(train) == [
+        *(f"train{i}" for i in range(5)),
+        *(f"2008_train{i}" for i in range(6)),
+    ]
+    assert len(val) == 11 and stems(test) == ["test0", "test1", "test2", "test3"]
+    assert train.records[5].path == root / "VOC2012/JPEGImages/2008_train0.jpg"
+    assert train.records[5].boxes_xyxy.tolist() == [[0, 0, 20, 20], [10, 5, 40, 30]]
+    assert [record.image_id for record in train.records] == list(range(1, 12))
+    assert train.source == val.source == root
+    assert test.source == root / "VOC2007/ImageSets/Main/test.txt"
+    for dataset in (train, val, test):
+        assert dataset.classes == list(VOC_CLASSES) and dataset.faults == []
+
+
+def test_one_year_of_several_reads_as_before(tmp_path):
+    root = write_devkit(tmp_path / "VOCdevkit")
+    assert len(opened(root / "VOC2012")) == 6
+    with pytest.raises(UserError, match=r"VOC2012: no test split, looked for .*Main/test\.txt;"):
+        opened(root / "VOC2012", "test")
+
+
+def test_what_several_years_lack_is_told(tmp_path):
+    root = write_devkit(tmp_path / "VOCdevkit")
+    (root / "VOC2007/ImageSets/Main/test.txt").unlink()
+    looked_for = (
+        r"VOCdevkit: no test split, looked for .*VOC2007.*test\.txt or .*VOC2012.*test\.txt;"
+    )
+    with pytest.raises(UserError, match=looked_for):
+        opened(root, "test")
+    (root / "VOC2007/JPEGImages/val0.jpg").unlink()
+    with pytest.raises(UserError, match=r"VOC2007/\S+val\.txt: names 'val0', but .*holds no image"):
+        opened(root, "val")
+
+
+def test_two_years_with_an_image_of_one_name_are_refused(tmp_path):
+    root = write_devkit(tmp_path / "VOCdevkit")
+    shutil.copytree(root / "VOC2007", root / "VOC2007_copy")
+    with pytest.raises(UserError, match=r"VOC2007_copy.*: names 'test0', as .*another year"):
+        opened(root, "test")
+
+
+@pytest.mark.parametrize("annotated", [0, 2])
+def test_a_test_list_without_its_annotations_is_refused_beside_another_year(tmp_path, annotated):
+    """As of VOC's later tests; by itself such a year is read, with a part annotated."""
+    root = write_devkit(tmp_path / "VOCdevkit")
+    names = [f"2008_test{i}" for i in range(5)]
+    text(root / "VOC2012/ImageSets/Main/test.txt", names)
+    for i, name in enumerate(names):
+        picture(root / f"VOC2012/JPEGImages/{name}.jpg")
+        if i < annotated:
+            text(root / f"VOC2012/Annotations/{name}.xml", [xml(voc_object("dog", 1, 1, 9, 9))])
+    found = "only 2 of the 5 images have" if annotated else "none of the 5 images has"
+    with pytest.raises(UserError, match=rf"{found} an XML.*2008_test\d\.xml.*remove test\.txt"):
+        opened(root, "test")
+    if annotated:
+        assert len(opened(root / "VOC2012", "test")) == 5
+
+
+def test_class_files_of_several_years_are_alike(tmp_path):
+    root = write_devkit(tmp_path / "VOCdevkit")
+    text(root / "VOC2012/classes.txt", ["dog", "cat"])
+    assert opened(root).classes == ["dog", "cat"]
+    text(root / "VOC2007/labels.txt", ["cat", "dog"])
+    with pytest.raises(UserError, match=r"VOC2012/classes\.txt: lists other classes than .*2007"):
+        opened(root)
+
+
+def test_trainval_alone_is_learnt_from(year):
+    lists = year / "ImageSets/Main"
+    (lists / "train.txt").rename(lists / "trainval.txt")
+    with pytest.raises(UserError, match=r"no train split.*divide trainval\.txt into train\.txt"):
+        opened(year)
+    (lists / "val.txt").unlink()
+    dataset = opened(year)
+    assert stems(dataset) == ["b", "a", "c"] and dataset.source == lists / "trainval.txt"
+    with pytest.raises(UserError, match=r"no val split.*data split. cuts it from the training"):
+        opened(year, "val")
 
 
 def test_images_and_xml_side_by_side(folders):

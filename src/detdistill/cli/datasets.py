@@ -22,6 +22,10 @@ if TYPE_CHECKING:
 HELD_OUT = 0.15
 """Share of the training images that a missing split takes."""
 
+Share = Annotated[
+    float | None, typer.Option(metavar="SHARE", help=f"Of the training images; {HELD_OUT}.")
+]
+
 
 def builtin_data(
     out: Annotated[Path, typer.Option("--out", metavar="FOLDER", help="New folder to write.")],
@@ -67,12 +71,11 @@ def split_data(
     annotations: Annotated[
         str | None, typer.Option(metavar="FILE", help="Without --data: one COCO file.")
     ] = None,
-    val: Annotated[
-        float | None, typer.Option(metavar="SHARE", help="Of the training images; 0.15.")
-    ] = None,
-    test: Annotated[
-        float | None, typer.Option(metavar="SHARE", help="Of the training images; 0.15.")
-    ] = None,
+    val: Share = None,
+    test: Share = None,
+    trainval: Annotated[
+        bool, typer.Option("--trainval", help="Take train and val together, and cut val anew.")
+    ] = False,
     group: Annotated[
         str | None,
         typer.Option(
@@ -85,14 +88,12 @@ def split_data(
 ) -> None:
     """Write data as a COCO folder, and cut the splits that it lacks from its training images."""
     checks.check_folder(out)
-    if (data is None) == (annotations is None) or (annotations is None) != (images is None):
-        raise UserError("give either --data FOLDER, or --images FOLDER with --annotations FILE")
-    from detdistill.data.divide import divide
-    from detdistill.recipe import validate_recipe
+    recipe = _data_to_split(data, images, annotations, strict)
+    from detdistill.data.divide import divide, join
 
-    given = {"data": data, "train_images": images, "train_annotations": annotations}
-    recipe = validate_recipe({**given, "strict": strict}, "command line")
     datasets = {dataset.split: dataset for dataset in _all_splits(recipe)}
+    if trainval and {"train", "val"} <= datasets.keys():
+        datasets["train"] = join(datasets["train"], datasets.pop("val"))
     shares = _shares({"val": val, "test": test}, datasets)
     parts = divide(datasets["train"], shares, seed=seed, group=group)
     datasets |= {part.split: part for part in parts}
@@ -100,6 +101,17 @@ def split_data(
     _write(out, ordered)
     typer.echo(_class_table(ordered))
     _say_next(out)
+
+
+def _data_to_split(
+    data: str | None, images: str | None, annotations: str | None, strict: bool
+) -> Recipe:
+    if (data is None) == (annotations is None) or (annotations is None) != (images is None):
+        raise UserError("give either --data FOLDER, or --images FOLDER with --annotations FILE")
+    from detdistill.recipe import validate_recipe
+
+    given = {"data": data, "train_images": images, "train_annotations": annotations}
+    return validate_recipe({**given, "strict": strict}, "command line")
 
 
 def _all_splits(recipe: Recipe) -> list[DetectionDataset]:
@@ -128,15 +140,16 @@ def _shares(
         raise UserError(f"{source}: there is no train split to cut others from")
     for name, share in wanted.items():
         if share is not None and name in there:
+            anew = ", or add --trainval to cut it from train and val" if name == "val" else ""
             raise UserError(
                 f"--{name} {share:g}: the data has a {name} split, {there[name].source}; leave "
-                f"--{name} out to keep it"
+                f"--{name} out to keep it{anew}"
             )
     lacking = {name: share for name, share in wanted.items() if name not in there}
     if not lacking:
         raise UserError(
             f"{there['train'].source}: the data has all three splits already; `detdistill data "
-            "convert` writes them as a COCO folder"
+            "convert` writes them as a COCO folder, --trainval cuts val anew"
         )
     held_out = {name: HELD_OUT if share is None else share for name, share in lacking.items()}
     if not (all(share > 0 for share in held_out.values()) and sum(held_out.values()) < 1):

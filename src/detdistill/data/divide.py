@@ -1,4 +1,4 @@
-"""Data in one piece, divided into splits."""
+"""Data in one piece, divided into splits, and splits put together into one piece."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+
+import torch
 
 from detdistill.data.dataset import DetectionDataset
 from detdistill.errors import UserError
@@ -58,6 +60,32 @@ def divide(
         _part(dataset, name, sorted(images), keep_faults=name == next(iter(shares)))
         for name, images in parts.items()
     ]
+
+
+def join(train: DetectionDataset, val: DetectionDataset) -> DetectionDataset:
+    """Two splits of the same classes as one, called as the first; faults of both stay.
+
+    Images whose ids occur in both are counted from 1.
+
+    Raises:
+        UserError: when an image is in both.
+    """
+    records = [*train.records, *val.records]
+    paths = {record.path for record in train.records}
+    for record in val.records:
+        if record.path in paths:
+            raise UserError(
+                f"{record.path}: is an image of both {train.split} ({train.source}) and "
+                f"{val.split} ({val.source}); take it out of one of them"
+            )
+    if len({record.image_id for record in records}) < len(records):
+        records = [replace(record, image_id=i) for i, record in enumerate(records, 1)]
+    return replace(
+        train,
+        records=records,
+        faults=[*train.faults, *val.faults],
+        stated_xywh=torch.cat([train.stated_xywh, val.stated_xywh]),
+    )
 
 
 def _units(dataset: DetectionDataset, group: str | None) -> list[_Unit]:

@@ -70,7 +70,7 @@ def read_text(path: Path) -> str | None:
 
 
 def read_lines(path: Path) -> list[str]:
-    """The lines of an existing text file that are not blank, stripped, each once."""
+    """The lines of a text file that are not blank, stripped, each once; none without the file."""
     lines = (line.strip() for line in (read_text(path) or "").splitlines())
     return list(dict.fromkeys(filter(None, lines)))
 

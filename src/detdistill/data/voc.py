@@ -1,7 +1,7 @@
 """Reading and checking Pascal VOC data: an XML file an image.
 
-Two layouts: a year of VOC (`Annotations`, `JPEGImages`, `ImageSets/Main`), and what labelling tools
-export, a folder per split that holds images and XML files side by side.
+Two layouts: a year of VOC (`Annotations`, `JPEGImages`, `ImageSets/Main`) or several in one folder,
+and what labelling tools export, a folder per split that holds images and XML files side by side.
 
 VOC counts pixels from 1 and means the last one to be inside, so a box from pixel 1 to pixel 10 is
 0..10 here (as detectron2 reads it; torchvision and MMDetection differ by up to a pixel). Objects
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections import Counter
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -31,6 +32,7 @@ VOC_CLASSES = (
 
 CLASS_FILES = ("classes.txt", "labels.txt")
 
+_LISTS = Path("ImageSets") / "Main"
 _YEAR = re.compile(r"VOC20\d\d")
 _FOLDERS = {"train": ("train",), "val": ("val", "valid"), "test": ("test",)}
 
@@ -39,10 +41,10 @@ def find_voc(root: Path, split: str) -> SplitReader | None:
     """What reads a split of Pascal VOC data; None when the folder holds none.
 
     Args:
-        root: `VOCdevkit`, a year in it, or a folder with a folder for each split.
+        root: `VOCdevkit` with a year or several, a year, or a folder with a folder for each split.
         split: train, val or test.
     """
-    data = _find_year(root) or _find_folders(root)
+    data = _find_years(root) or _find_folders(root)
     if data is None:
         return None
     if not data.source(split).exists():
@@ -50,15 +52,21 @@ def find_voc(root: Path, split: str) -> SplitReader | None:
     return partial(_read_voc, data, split)
 
 
-class _Year:
-    """`Annotations`, `JPEGImages` and `ImageSets/Main`."""
+class _Years:
+    """`Annotations`, `JPEGImages` and `ImageSets/Main`, of one year or of several.
 
-    def __init__(self, root: Path) -> None:
+    A split of several years is that of every year which lists it, year after year.
+    """
+
+    def __init__(self, root: Path, years: Sequence[Path]) -> None:
         self.root = root
+        self.places = years
 
     def source(self, split: str) -> Path:
-        """The list of a split."""
-        return self.root / "ImageSets" / "Main" / f"{split}.txt"
+        """The list of a split; of several lists the folder that holds their years."""
+        lists = [_list(year, split) for year in self.places]
+        found = [path for path in lists if path.is_file()] or lists[:1]
+        return found[0] if len(found) == 1 else self.root
 
     def advice(self, split: str) -> str:
         """What was looked for, and what to do."""
@@ -67,35 +75,39 @@ class _Year:
             "val": f"{WITHOUT['val']}; or list them there",
             "test": f"{WITHOUT['test']}; or list its images there",
         }[split]
-        if split != "test" and self.source("trainval").is_file():
+        both = [year / _LISTS / "trainval.txt" for year in self.places]
+        read = [_list(year, "train") for year in self.places]
+        if split != "test" and any(path.is_file() for path in both if path not in read):
             advice = "divide trainval.txt into train.txt and val.txt"
-        return f"looked for {self.source(split)}; {advice}"
+        looked_for = " or ".join(str(year / _LISTS / f"{split}.txt") for year in self.places)
+        return f"looked for {looked_for}; {advice}"
 
     def annotations(self, split: str) -> list[Path]:
         """The XML files of a split, which need not exist."""
-        return [self.root / "Annotations" / f"{stem}.xml" for stem in self._stems(split)]
+        return [
+            year / "Annotations" / f"{stem}.xml"
+            for year in self.places
+            for stem in _stems(_list(year, split))
+        ]
 
     def images(self, split: str) -> list[Path]:
         """The images, in the order of `annotations`."""
-        folder = self.root / "JPEGImages"
-        names = _image_names(folder) if folder.is_dir() else []
-        by_stem = {_stem(name): name for name in names}
-        stems = self._stems(split)
-        for stem in stems:
-            if stem not in by_stem:
+        images: dict[str, Path] = {}
+        for year in self.places:
+            own = _listed_images(year, _list(year, split))
+            taken = next((stem for stem in own if stem in images), None)
+            if taken is not None:
                 raise UserError(
-                    f"{self.source(split)}: names {stem!r}, but {folder} holds no image of this "
-                    "name; remove the line, or copy the image there"
+                    f"{_list(year, split)}: names {taken!r}, as the list of another year names "
+                    f"{images[taken]}; the images of several years need different names: rename "
+                    "them, or give --data one year"
                 )
-        return [folder / by_stem[stem] for stem in stems]
+            images |= own
+        return list(images.values())
 
     def faults(self, split: str) -> list[str]:
-        """None: the list decides what belongs to a split."""
+        """None: the lists decide what belongs to a split."""
         return []
-
-    def _stems(self, split: str) -> list[str]:
-        lines = read_lines(self.source(split))
-        return [_stem(line) if is_image(line) else line for line in lines]
 
 
 class _Folders:
@@ -103,6 +115,7 @@ class _Folders:
 
     def __init__(self, root: Path) -> None:
         self.root = root
+        self.places: Sequence[Path] = [root]
 
     def source(self, split: str) -> Path:
         """The folder of a split."""
@@ -137,20 +150,46 @@ class _Folders:
         ]
 
 
-def _find_year(root: Path) -> _Year | None:
+def _find_years(root: Path) -> _Years | None:
     for pattern in ("Annotations", "VOC*/Annotations", "VOCdevkit/VOC*/Annotations"):
         found = [path.parent for path in sorted(root.glob(pattern)) if any(path.glob("*.xml"))]
-        if len(found) > 1:
-            names = ", ".join(str(path) for path in found)
-            raise UserError(f"{root}: holds several years of VOC data; give one of {names}")
         if found:
-            return _Year(found[0])
+            return _Years(found[0] if len(found) == 1 else found[0].parent, found)
     return None
 
 
 def _find_folders(root: Path) -> _Folders | None:
     folders = [root / name for names in _FOLDERS.values() for name in names]
     return _Folders(root) if any(any(folder.glob("*.xml")) for folder in folders) else None
+
+
+def _list(year: Path, split: str) -> Path:
+    """The list of a split, which need not exist; trainval.txt where it is the only one to learn."""
+    train, val, both = (year / _LISTS / f"{name}.txt" for name in ("train", "val", "trainval"))
+    if split == "train" and both.is_file() and not train.is_file() and not val.is_file():
+        return both
+    return year / _LISTS / f"{split}.txt"
+
+
+def _stems(path: Path) -> list[str]:
+    """The names in a list without their endings, each once; none where there is no such list."""
+    names = (_stem(line) if is_image(line) else line for line in read_lines(path))
+    return list(dict.fromkeys(names))
+
+
+def _listed_images(year: Path, path: Path) -> dict[str, Path]:
+    """The images that a list names, by their names in it."""
+    folder = year / "JPEGImages"
+    names = _image_names(folder) if folder.is_dir() else []
+    by_stem = {_stem(name): folder / name for name in names}
+    stems = _stems(path)
+    for stem in stems:
+        if stem not in by_stem:
+            raise UserError(
+                f"{path}: names {stem!r}, but {folder} holds no image of this "
+                "name; remove the line, or copy the image there"
+            )
+    return {stem: by_stem[stem] for stem in stems}
 
 
 def _image_names(folder: Path) -> list[str]:
@@ -161,17 +200,13 @@ def _stem(name: str) -> str:
     return os.path.splitext(name)[0]
 
 
-def _read_voc(data: _Year | _Folders, split: str) -> DetectionDataset:
+def _read_voc(data: _Years | _Folders, split: str) -> DetectionDataset:
     source = data.source(split)
     images, files = data.images(split), data.annotations(split)
     if not images:
         raise UserError(f"{source}: the {split} split is empty: no image; at least one is needed")
     annotations = in_threads(read_annotation, files)
-    if not any(annotations):
-        raise UserError(
-            f"{source}: none of the {len(images)} images has an XML file, looked for {files[0]} "
-            "and so on; images without objects may lack one, but not all"
-        )
+    _require_xml(data, split, files, annotations)
     labels = {name: label for label, name in enumerate(_classes(data, split, annotations))}
     stated = [None if annotation is None else annotation.size for annotation in annotations]
     named = zip(images, files, stated, strict=True)
@@ -181,6 +216,37 @@ def _read_voc(data: _Year | _Folders, split: str) -> DetectionDataset:
             _add(boxes, number, f"{file}, object {place}", found, labels)
     boxes.faults += data.faults(split)
     return boxes.dataset(list(labels), range(1, len(labels) + 1), split, source)
+
+
+def _require_xml(
+    data: _Years | _Folders,
+    split: str,
+    files: Sequence[Path],
+    annotations: Sequence[VocAnnotation | None],
+) -> None:
+    """`UserError` when all images lack an XML file, or most of those of one of several years.
+
+    The lists of VOC's later tests are public, their annotations are not: beside a year that has
+    them these images would pass for background.
+    """
+    count = Counter(file.parent for file in files)
+    missing: dict[Path, list[Path]] = {}
+    for file, annotation in zip(files, annotations, strict=True):
+        if annotation is None:
+            missing.setdefault(file.parent, []).append(file)
+    several = len(data.places) > 1
+    for folder, lacking in missing.items():
+        there = count[folder] - len(lacking)
+        if there and not (several and there < len(lacking)):
+            continue
+        found = f"only {there}" if there else "none"
+        verb = "have" if there > 1 else "has"
+        advice = f", remove {split}.txt of this year to do without it" if several else ""
+        raise UserError(
+            f"{data.source(split)}: {found} of the {count[folder]} images {verb} an XML file, "
+            f"looked for {lacking[0]} and so on; images without objects may lack one, but not "
+            f"{'most' if several else 'all'}{advice}"
+        )
 
 
 def _add(
@@ -202,17 +268,14 @@ def _add(
     boxes.add(number, where, xywh, label, crowd=found.difficult)
 
 
-def _classes(data: _Year | _Folders, split: str, own: Sequence[VocAnnotation | None]) -> list[str]:
+def _classes(data: _Years | _Folders, split: str, own: Sequence[VocAnnotation | None]) -> list[str]:
     """The names in a class file, else those in the annotations of all splits.
 
     A class may be missing in one split, and all splits must number their classes alike.
     """
-    for name in CLASS_FILES:
-        if (data.root / name).is_file():
-            names = read_lines(data.root / name)
-            if names:
-                return names
-            raise UserError(f"{data.root / name}: is empty; expected a line for each class")
+    stated = _stated_classes(data)
+    if stated:
+        return stated
     others = [other for other in _FOLDERS if other != split and data.source(other).exists()]
     files = [file for other in others for file in data.annotations(other)]
     annotations = [*own, *in_threads(read_annotation, files)]
@@ -223,6 +286,25 @@ def _classes(data: _Year | _Folders, split: str, own: Sequence[VocAnnotation | N
             f"{data.source(split)}: no XML file names an object, so there are no classes; list "
             f"them in {data.root / CLASS_FILES[0]}, a line each"
         )
-    if _YEAR.fullmatch(data.root.name) and found <= set(VOC_CLASSES):
+    if all(_YEAR.fullmatch(place.name) for place in data.places) and found <= set(VOC_CLASSES):
         return list(VOC_CLASSES)
     return sorted(found)
+
+
+def _stated_classes(data: _Years | _Folders) -> list[str] | None:
+    """The names in a class file of the data, or of each of its years, which must be alike."""
+    first: tuple[Path, list[str]] | None = None
+    for place in dict.fromkeys((data.root, *data.places)):
+        path = next((place / name for name in CLASS_FILES if (place / name).is_file()), None)
+        if path is None:
+            continue
+        names = read_lines(path)
+        if not names:
+            raise UserError(f"{path}: is empty; expected a line for each class")
+        if first is not None and names != first[1]:
+            raise UserError(
+                f"{path}: lists other classes than {first[0]}, {names} and {first[1]}; all years "
+                "need the same in the same order"
+            )
+        first = first or (path, names)
+    return first[1] if first else None
