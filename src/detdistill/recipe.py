@@ -97,7 +97,7 @@ class Recipe(BaseModel):
     max_steps: Positive | None = None
     warmup: Literal["linear", "constant"] = "linear"
     warmup_steps: Annotated[Whole, Field(ge=0)] = 200
-    warmup_start: Fraction = 0.001  # share of lr: at the first step, or of all that are constant
+    warmup_start: Fraction = 0.001  # share of lr at step 0; constant: at all warmup_steps
     schedule: Literal["cosine", "step"] = "cosine"
     milestones: list[Positive] = []  # epochs at which the step schedule multiplies lr by 0.1
     clip_norm: Annotated[Number, Field(gt=0)] | None = 35.0

@@ -97,8 +97,8 @@ def learning_rate(recipe: Recipe, step: int, total_steps: int, steps_per_epoch: 
     """
     rate = recipe.lr * recipe.batch_size / recipe.base_batch
     if step < recipe.warmup_steps:
-        risen = step / recipe.warmup_steps if recipe.warmup == "linear" else 0
-        rate *= recipe.warmup_start + (1 - recipe.warmup_start) * risen
+        risen = step if recipe.warmup == "linear" else 0
+        rate *= recipe.warmup_start + (1 - recipe.warmup_start) * risen / recipe.warmup_steps
     if recipe.schedule == "cosine":
         return rate * 0.5 * (1 + math.cos(math.pi * step / total_steps))
     passed = sum(step >= milestone * steps_per_epoch for milestone in recipe.milestones)
