@@ -91,10 +91,13 @@ class Recipe(BaseModel):
     base_batch: Positive = 8  # lr is scaled by batch_size / base_batch
     momentum: Fraction = 0.9
     weight_decay: Annotated[Strength, Field(ge=0)] = 1e-4
+    bias_lr_factor: Annotated[Strength, Field(gt=0)] = 1.0  # of lr; not where layers normalise
+    bias_weight_decay: Annotated[Strength, Field(ge=0)] | None = None  # None: as weight_decay
     epochs: Positive = 24
     max_steps: Positive | None = None
+    warmup: Literal["linear", "constant"] = "linear"
     warmup_steps: Annotated[Whole, Field(ge=0)] = 200
-    warmup_start: Fraction = 0.001
+    warmup_start: Fraction = 0.001  # share of lr at step 0; constant: at all warmup_steps
     schedule: Literal["cosine", "step"] = "cosine"
     milestones: list[Positive] = []  # epochs at which the step schedule multiplies lr by 0.1
     clip_norm: Annotated[Number, Field(gt=0)] | None = 35.0
@@ -118,6 +121,8 @@ class Recipe(BaseModel):
     def _consistent(self) -> Recipe:
         if self.schedule == "step" and not self.milestones:
             raise ValueError("schedule 'step' needs milestones, e.g. milestones: [8, 11]")
+        if self.warmup == "constant" and not self.warmup_start:
+            raise ValueError("warmup 'constant' needs a warmup_start above 0, e.g. 0.333")
         if self.batch_size % (self.devices * self.nodes * self.accumulate):
             raise ValueError(
                 f"batch_size {self.batch_size} must be a multiple of devices x nodes x accumulate "

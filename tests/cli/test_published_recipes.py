@@ -13,11 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 
 from detdistill.data import generate_dataset
 from detdistill.data.voc import VOC_CLASSES
-from detdistill.detectors import create_detector, save_detector
+from detdistill.detectors import create_detector, load_detector, save_detector
 from detdistill.detectors.zoo import list_checkpoints
 from detdistill.recipes import list_recipes, recipe_path
 from tests.cli.conftest import Run
@@ -95,7 +96,7 @@ ROWS = {
     ],
     "rm_pfi/retinanet_r50_r101_voc": [],
     "tf_head/faster_rcnn_r50_2x": ["student 39.4", "TF-HEAD 40.5"],
-    "tf_head/fcos_r50_2x": ["student 41.0", "TF-HEAD 42.3"],
+    "tf_head/fcos_r50_2x": ["student 41.0", "TF-HEAD 42.3", "plain FCOS has 38.5"],
     "tf_head/retinanet_r18_1x": [
         *("student 31.7", "FCOS assistant 32.9", "R-CNN assistant 33.4", "both with CKD 33.8"),
         "33.9 with CKD stopped at epoch 8",
@@ -213,6 +214,29 @@ def test_a_published_recipe_names_the_checkpoint_of_its_teacher(name: str) -> No
     assert named is not None or teacher is None or name in WITHOUT_CHECKPOINT
     if named is not None and teacher is not None:
         assert [c.detector for c in list_checkpoints() if c.name == named[1]] == [teacher[1]]
+
+
+def test_the_published_backbone_of_fcos_takes_its_place_as_the_header_says(
+    two_images: Path, run: Run
+) -> None:
+    name, width = "crosskd/fcos_r50_r101_2x_ms", {"base_channels": 8, "fpn_channels": 32}
+    added = re.search(r"--student \S+ --set \S+ --set \S+=FILE", header_of(name))
+    assert added is not None
+    backbone = create_detector("fcos_r50_caffe_gn", 10, **width).backbone.body
+    torch.save(backbone.state_dict(), "backbone.pth")
+    save_detector(create_detector("fcos_r101_caffe_gn", 10, **width), Path("teacher.safetensors"))
+    sizes = {f"student_options.{key}": value for key, value in width.items()}
+    code, _, err = run(
+        *("distill", "--recipe", name, "--teacher", "teacher.safetensors"),
+        *("--data", str(two_images), "--out", "run"),
+        *shlex.split(added[0].replace("FILE", "backbone.pth")),
+        *(f"--set={key}={json.dumps(value)}" for key, value in {**SMALL, **sizes}.items()),
+    )
+    assert code == 0, err
+    trained = load_detector("run")
+    assert trained.name == "fcos_r50_caffe_gn"
+    stem = trained.backbone.body.conv1.weight  # the first stage is frozen
+    assert torch.equal(stem, backbone.conv1.weight)
 
 
 def header_of(name: str) -> str:

@@ -111,6 +111,22 @@ def test_cost(recipe, settings):
     assert cost.seconds > 0 and cost.peak_bytes is None and cost.finite
 
 
+def test_biases_learn_at_their_own_rate(recipe, monkeypatch):
+    step, ratios = torch.optim.SGD.step, []
+
+    def watched(optimizer, *args, **kwargs):
+        lowest = min(group["lr"] for group in optimizer.param_groups)
+        ratios.append([group["lr"] / lowest for group in optimizer.param_groups])
+        return step(optimizer, *args, **kwargs)
+
+    monkeypatch.setattr(torch.optim.SGD, "step", watched)
+    monkeypatch.setattr("detdistill.doctor.step.FIRST_STEPS", 1)
+    settings = recipe.model_copy(update={"bias_lr_factor": 3.0})
+    take_first_steps(Distiller(narrow()).train(), [make_batch()], settings, CPU)
+    measure_cost(Distiller(narrow()).train(), make_batch(), settings, CPU, 0)
+    assert len(ratios) > 1 and all(found == pytest.approx([1, 3]) for found in ratios)
+
+
 def test_numbers_know_no_infinity(recipe):
     batch = make_batch()
     batch = Batch(batch.images.float() * math.inf, batch.sizes, batch.targets)

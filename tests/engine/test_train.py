@@ -11,7 +11,6 @@ from PIL import Image
 import detdistill.engine.train as engine
 from detdistill import Distiller, UserError, load_detector
 from detdistill.engine import checkpoint
-from detdistill.engine.optim import learning_rate
 from detdistill.engine.train import train
 from detdistill.errors import UserNotice
 from tests.helpers import BROKEN, break_an_image
@@ -155,6 +154,46 @@ def test_a_checkpoint_with_one_random_state_still_resumes(recipe, tmp_path, monk
     torch.save(state, out / "last.ckpt")
     train(settings, out, resume=True)
     assert_same_weights(tmp_path / "whole", out)
+
+
+def test_a_run_from_before_biases_had_settings_goes_on(recipe, tmp_path, monkeypatch):
+    train(recipe(max_steps=4), tmp_path / "whole")
+    out = tmp_path / "resumed"
+    settings = stopped_after_two(recipe, out, monkeypatch, max_steps=4)
+    state = torch.load(out / "last.ckpt", weights_only=True)
+    [group] = state["optimizer"]["param_groups"]
+    del group["lr_factor"]
+    torch.save(state, out / "last.ckpt")
+    newer = ("bias_lr_factor", "bias_weight_decay", "warmup:")
+    stored = (out / "recipe.yaml").read_text().splitlines(keepends=True)
+    older = [line for line in stored if not line.startswith(newer)]
+    assert len(older) == len(stored) - len(newer)
+    (out / "recipe.yaml").write_text("".join(older))
+    train(settings, out, resume=True)
+    assert_same_weights(tmp_path / "whole", out)
+
+
+def test_biases_learn_at_their_own_rate_also_after_a_stop(recipe, tmp_path, monkeypatch):
+    step, rates = torch.optim.SGD.step, []
+
+    def watched(optimizer, *args, **kwargs):
+        rates.append([group["lr"] for group in optimizer.param_groups])
+        return step(optimizer, *args, **kwargs)
+
+    monkeypatch.setattr(torch.optim.SGD, "step", watched)
+    values = {
+        **{"lr": 0.01, "base_batch": 4, "max_steps": 4, "schedule": "step", "milestones": [1]},
+        **{"warmup": "constant", "warmup_start": 0.5, "bias_lr_factor": 2, "bias_weight_decay": 0},
+    }
+    train(recipe(**values), tmp_path / "whole")
+    told = [record["lr"] for record in lines(tmp_path / "whole", "step")]
+    assert told == pytest.approx([0.005, 0.005, 0.01, 0.001])  # warm-up of 2 steps, epochs of 3
+    assert rates == [[rate, rate, 2 * rate] for rate in told]  # weights, norms' biases, biases
+    settings = stopped_after_two(recipe, tmp_path / "resumed", monkeypatch, **values)
+    rates.clear()
+    train(settings, tmp_path / "resumed", resume=True)
+    assert len(rates) == 2
+    assert_same_weights(tmp_path / "whole", tmp_path / "resumed")
 
 
 def test_processes_that_would_go_on_from_different_steps(recipe, tmp_path, monkeypatch):
@@ -455,13 +494,3 @@ def test_one_run_at_a_time_in_a_folder(recipe, tmp_path, monkeypatch):
         train(settings, out, resume=True)
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before
     assert train(settings, out, resume=True).steps == 6
-
-
-def test_learning_rate(recipe):
-    cosine = recipe(lr=0.1, batch_size=16, base_batch=8, warmup_steps=10, warmup_start=0.5)
-    assert learning_rate(cosine, 0, 100, 10) == pytest.approx(0.1)  # 0.2, half of it at first
-    assert learning_rate(cosine, 50, 100, 10) == pytest.approx(0.1)
-    assert learning_rate(cosine, 100, 100, 10) == pytest.approx(0)
-    step = recipe(lr=0.1, base_batch=4, warmup_steps=0, schedule="step", milestones=[4, 8])
-    rates = [learning_rate(step, s, 100, 10) for s in (39, 40, 79, 80)]
-    assert rates == pytest.approx([0.1, 0.01, 0.01, 0.001])

@@ -46,7 +46,7 @@ def check_recipe(
 
 
 def scaled_rate(recipe: Recipe) -> float:
-    """The highest rate of the run, linear in the batch."""
+    """The highest rate of the run, linear in the batch; `bias_lr_factor` aside."""
     return recipe.lr * recipe.batch_size / recipe.base_batch
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from detdistill.distill import Distiller, Method
 from detdistill.doctor.finding import finite
 from detdistill.engine.distributed import place
-from detdistill.engine.optim import learning_rate, make_optimizer
+from detdistill.engine.optim import learning_rate, make_optimizer, set_rate
 from detdistill.recipe import Recipe
 from detdistill.structures import Batch
 
@@ -125,12 +125,11 @@ def take_first_steps(
     The recipe's optimiser at half its rate, which is reached half-way: the run's own warm-up would
     change nothing in so few steps.
     """
-    optimizer = make_optimizer(distiller.parameters(), recipe)
+    optimizer = make_optimizer(distiller, recipe)
     rate = 0.5 * recipe.lr * recipe.batch_size / recipe.base_batch
     scale, start, step = LOSS_SCALE.get(recipe.precision, 1.0), time.perf_counter(), 0
     while step < FIRST_STEPS and time.perf_counter() - start < FIRST_SECONDS:
-        for group in optimizer.param_groups:
-            group["lr"] = rate * min(1.0, 2 * (step + 1) / FIRST_STEPS)
+        set_rate(optimizer, rate * min(1.0, 2 * (step + 1) / FIRST_STEPS))
         with _autocast(recipe, device):
             losses = distiller(batches[step % len(batches)].to(device))
         loss = torch.stack(list(losses.values())).sum() * scale
@@ -217,9 +216,8 @@ def measure_cost(
     if recipe.channels_last:
         distiller.to(memory_format=torch.channels_last)
     batch = place(batch, recipe, device)
-    optimizer = make_optimizer(distiller.parameters(), recipe)
-    for group in optimizer.param_groups:
-        group["lr"] = learning_rate(recipe, 0, total_steps=1, steps_per_epoch=1)
+    optimizer = make_optimizer(distiller, recipe)
+    set_rate(optimizer, learning_rate(recipe, 0, total_steps=1, steps_per_epoch=1))
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     seconds: list[float] = []

@@ -88,7 +88,7 @@ class Run:
         self.distiller: Distiller = parts.distiller
         if recipe.channels_last:
             self.distiller.to(memory_format=torch.channels_last)
-        optimizer = make_optimizer(self.distiller.parameters(), recipe)
+        optimizer = make_optimizer(self.distiller, recipe)
         self.module, self.optimizer = fabric.setup(self.distiller, optimizer)
         self.distiller.to(fabric.device)  # the teacher, which Fabric does not see
         self.batches = batches

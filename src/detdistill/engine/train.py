@@ -22,7 +22,7 @@ from detdistill.engine.checkpoint import (
     start_run,
 )
 from detdistill.engine.distributed import all_image_ids, launch, one_voice, place
-from detdistill.engine.optim import learning_rate
+from detdistill.engine.optim import learning_rate, set_rate
 from detdistill.engine.run import Run, RunResult, finished_run
 from detdistill.recipe import Recipe
 from detdistill.structures import Batch
@@ -96,8 +96,7 @@ def _optimize(run: Run, batches: Iterator[Batch]) -> float:
     """One optimisation step; returns its learning rate."""
     recipe = run.recipe
     rate = learning_rate(recipe, run.step, run.total_steps, run.steps_per_epoch)
-    for group in run.optimizer.param_groups:
-        group["lr"] = rate
+    set_rate(run.optimizer, rate)
     for micro in range(recipe.accumulate):
         _backward(run, next(batches), last=micro == recipe.accumulate - 1)
     run.keep_checkpoint()  # the losses of its weights were finite
