@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Self, cast
 
@@ -10,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from detdistill.detectors.base import FPNDetector
+from detdistill.distill.inputs import check_kinds, check_method, check_weights
 from detdistill.distill.method import Method, Step
 from detdistill.errors import UserError
 from detdistill.structures import (
@@ -52,14 +52,14 @@ class Distiller(nn.Module):
         """Prepares every method for the pair."""
         super().__init__()
         methods = {} if methods is None else methods
-        _check_kinds(student, teacher, methods)
+        check_kinds(student, teacher, methods)
         for name, method in methods.items():
-            _check_method(name, method)
+            check_method(name, method)
             if teacher is None and method.needs_teacher:
                 raise UserError(f"{name} needs a teacher; pass --teacher RUN_OR_FILE")
             method.prepare(student, teacher)
             method.prepared = True
-            _check_weights(name, method.weights)
+            check_weights(name, method.weights)
         self.student = student
         self.methods = nn.ModuleDict(methods)
         if teacher is not None:
@@ -157,41 +157,6 @@ class Distiller(nn.Module):
             if any(method.teacher_stage == "head" for method in taught):
                 return teacher.head(pyramid, keep_pre_activation=self._keep)
             return DenseOutput(Predictions([], []), {}, [], pyramid)
-
-
-def _check_kinds(student: object, teacher: object, methods: object) -> None:
-    models = {"student": student} | ({} if teacher is None else {"teacher": teacher})
-    for role, model in models.items():
-        if not hasattr(model, "pyramid"):
-            raise UserError(
-                f"the {role} is a {type(model).__name__}, which does not show its stages; give "
-                f"one of create_detector or load_detector, or as_detector(a torchvision model)"
-            )
-    if teacher is student:
-        raise UserError("student and teacher are the same object; load the teacher separately")
-    if not isinstance(methods, Mapping):
-        raise UserError(f'methods is {methods!r}; expected methods by name, {{"pkd": PKD()}}')
-
-
-def _check_method(name: str, method: object) -> None:
-    if not isinstance(method, Method):
-        raise UserError(f"{name} is {method!r}; expected a method such as create_method({name!r})")
-    if name == "task" or "." in name:
-        raise UserError(
-            f"no method can be called {name!r}: its terms start with its name; choose another"
-        )
-    if method.prepared:
-        raise UserError(
-            f"{name} was prepared for another pair and keeps its settings; make a new one"
-        )
-
-
-def _check_weights(name: str, weights: Mapping[str, float]) -> None:
-    wrong = {term: weight for term, weight in weights.items() if not 0 <= weight < math.inf}
-    if wrong:
-        raise UserError(f"{name} has the weights {wrong}; expected numbers from 0 on")
-    if not any(weights.values()):
-        raise UserError(f"{name}: all its weights are 0; leave it out, or raise one")
 
 
 def _silent(method: Method, output: DenseOutput) -> dict[str, Tensor]:

@@ -1,0 +1,47 @@
+"""What a `Distiller` is given: refused in a sentence where it is not what it takes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+from detdistill.distill.method import Method
+from detdistill.errors import UserError
+
+
+def check_kinds(student: object, teacher: object, methods: object) -> None:
+    """`UserError` where a model shows no stages, is the other, or methods are not by name."""
+    models = {"student": student} | ({} if teacher is None else {"teacher": teacher})
+    for role, model in models.items():
+        if not hasattr(model, "pyramid"):
+            raise UserError(
+                f"the {role} is a {type(model).__name__}, which does not show its stages; give "
+                f"one of create_detector or load_detector, or as_detector(a torchvision model)"
+            )
+    if teacher is student:
+        raise UserError("student and teacher are the same object; load the teacher separately")
+    if not isinstance(methods, Mapping):
+        raise UserError(f'methods is {methods!r}; expected methods by name, {{"pkd": PKD()}}')
+
+
+def check_method(name: str, method: object) -> None:
+    """`UserError` for what is no method, one of another pair, or a name that is not to be had."""
+    if not isinstance(method, Method):
+        raise UserError(f"{name} is {method!r}; expected a method such as create_method({name!r})")
+    if name == "task" or "." in name:
+        raise UserError(
+            f"no method can be called {name!r}: its terms start with its name; choose another"
+        )
+    if method.prepared:
+        raise UserError(
+            f"{name} was prepared for another pair and keeps its settings; make a new one"
+        )
+
+
+def check_weights(name: str, weights: Mapping[str, float]) -> None:
+    """`UserError` for weights that are negative, not finite, or all 0."""
+    wrong = {term: weight for term, weight in weights.items() if not 0 <= weight < math.inf}
+    if wrong:
+        raise UserError(f"{name} has the weights {wrong}; expected numbers from 0 on")
+    if not any(weights.values()):
+        raise UserError(f"{name}: all its weights are 0; leave it out, or raise one")
