@@ -172,8 +172,8 @@ def _check_pair(student: FPNDetector, teacher: FPNDetector) -> None:
     if student.family == teacher.family:
         raise UserError(
             f"head is for heads of different kinds, and {student.name} and {teacher.name} are both "
-            f"{student.family}; between such a pair it is FitNet: use the method 'feature' with "
-            f"adapter 'per_level' and transfer_head true, as the authors compare with"
+            f"{student.family}; between such a pair it is FitNet on the pyramid: use the method "
+            f"'feature' with adapter 'per_level' and transfer_head true, as in the authors' code"
         )
     check_same_classes(student, teacher, "head")
 
