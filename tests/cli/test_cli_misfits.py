@@ -46,7 +46,9 @@ def distill(student: str, method: str, **options: object) -> list[str]:
         ("retinanet", "gfl", "mimic", {}, ["anchor by anchor", "crosskd"]),
         ("retinanet", "gfl", "soft_label", {}, ["anchor by anchor"]),
         ("retinanet", "gfl", "pfi", {}, ["1 per location", "retinanet_r18 9"]),
-        ("gfl", "gfl", "head", {}, ["both gfl", "'feature'"]),
+        ("gfl", "gfl", "head", {}, ["both gfl", "'feature' with adapter 'per_level'"]),
+        ("gfl", "retinanet", "mimic", {}, ["anchor by anchor", "anchors 'best'", "crosskd"]),
+        ("gfl", "reppoints", "head", {"ckd_stop": "5"}, ["CKD is off", "set ckd to true"]),
         ("gfl", "atss", "crosskd", {"box_loss": "kl"}, ["atss_r18", "use box_loss 'giou'"]),
         ("gfl", "gfl", "crosskd", {"quality": "true"}, ["gfl_r18 has no quality branch"]),
         ("gfl", "retinanet", "feature", {"transfer_head": "true"}, ["needs equal heads"]),
@@ -115,6 +117,9 @@ def test_a_method_that_cannot_act_in_time_is_told(run: Run, my_coco: Path) -> No
     told = "head acts from step 0, with full weights from 2000, but this run has 1 steps"
     assert f"warning: {told}; lower methods.head.warmup" in err
     stop = ["--set", "methods.head.warmup=9", "--set", "methods.head.stop=1", "--out", "stopped"]
+    stop += ["--set", "methods.head.ckd_warmup=5"]
     code, _, err = run(*distill("retinanet_r18", "head"), *stop)
     assert code == 0, err
     assert "full weights from 9, but it stops at step 1; lower methods.head.warmup" in err
+    told = "head's CKD acts from step 0, with full weights from 5, but it stops at step 1"
+    assert f"{told}; lower methods.head.ckd_warmup" in err

@@ -144,6 +144,36 @@ def test_analyze_writes_a_page_and_its_numbers(run: Run, my_coco: Path) -> None:
     assert sentences[0] in Path("analysis/report.html").read_text()
 
 
+def test_analyze_shows_the_assistant_of_a_run(run: Run, my_coco: Path) -> None:
+    torch.manual_seed(1)
+    narrow = {"base_channels": 8, "fpn_channels": 16}
+    save_detector(
+        create_detector("faster_rcnn_r18", 10, **narrow, roi_channels=32), "teacher.safetensors"
+    )
+    pair = ["--teacher", "teacher.safetensors", "--data", "my_coco"]
+    options = "student_options={base_channels: 8, fpn_channels: 16, tower_channels: 16}"
+    size = ["--set", "resize_short=[64]", "--set", "resize_long=64", "--set", "workers=0"]
+    few = ["--set", "max_steps=2", "--set", "batch_size=2", "--set", "epochs=1", "--set", options]
+    distill = ["distill", "--student", "retinanet_r18", "--method", "head", *pair, "--out", "run"]
+    code, _, err = run(*distill, "--set", "methods.head.warmup=0", *size, *few)
+    assert code == 0, err
+    command = ["analyze", "--student", "run", *pair, "--images", "2", *size]
+    code, _, err = run(*command, "--out", "analysis")
+    assert code == 0, err
+    numbers = json.loads(Path("analysis/analysis.json").read_text())
+    page = Path("analysis/report.html").read_text()
+    stages = numbers["similarity"]["stages"]
+    for layer in ("assistant fc 1", "assistant fc 2"):
+        assert 0 < stages[layer]["boxes"] <= 1 and f">{layer}<" in page
+    # Without the run the same weights have no assistant.
+    command[2] = "run/model.safetensors"
+    code, _, err = run(*command, "--out", "alone")
+    assert code == 0, err
+    alone = json.loads(Path("alone/analysis.json").read_text())["similarity"]["stages"]
+    assert [stage for stage in stages if stage not in alone] == ["assistant fc 1", "assistant fc 2"]
+    assert "assistant fc" not in Path("alone/report.html").read_text()
+
+
 @pytest.mark.parametrize(
     ("own", "given", "used"),
     [

@@ -166,38 +166,6 @@ def test_the_student_leaves_as_it_came():
     assert all(key.startswith("methods.head.link.") for key in others)
 
 
-@pytest.mark.parametrize(("iteration", "share"), [(0, 0.0), (500, 0.25), (2000, 1.0)])
-def test_akd_and_ckd_warm_up_but_the_assistant_does_not(iteration, share):
-    distiller, losses = distil("retinanet", "faster_rcnn", iteration=iteration)
-    for term, weight in distiller.methods["head"].weights.items():
-        factor = 1.0 if term.startswith("assistant") else share
-        wanted = distiller.raw[f"head/{term}"].item() * weight * factor
-        assert losses[f"head/{term}"].item() == pytest.approx(wanted), term
-
-
-def test_the_assistant_warms_up_where_published_or_asked_for():
-    for student, teacher, options, warm in (
-        ("retinanet", "faster_rcnn", {"assistant_warmup": True}, 0.25),
-        ("retinanet", "faster_rcnn", {}, 1.0),
-        ("fcos", "faster_rcnn", {}, 0.25),
-        ("retinanet", "reppoints", {}, 0.25),
-        ("faster_rcnn", "cascade_rcnn", {}, 0.25),
-        ("retinanet", "reppoints", {"assistant_warmup": False}, 1.0),
-    ):
-        method = distil(student, teacher, **options)[0].methods["head"]
-        truth = [term for term in method.weights if term.startswith("assistant")]
-        assert {method.factor(term, 500) for term in truth} == {warm}
-
-
-def test_start_and_stop_leave_the_assistant_learning():
-    student, teacher = narrow("retinanet_r18"), narrow("faster_rcnn_r18", seed=1)
-    method = create_method("head", start=10, stop=20, warmup=4)
-    Distiller(student, teacher, {"head": method})
-    for iteration, factor in ((9, 0.0), (11, 0.25), (14, 1.0), (20, 0.0)):
-        assert method.factor("akd_1", iteration) == factor
-        assert method.factor("assistant_cls", iteration) == 1.0
-
-
 @pytest.mark.parametrize("teacher", ["faster_rcnn", None])
 def test_the_assistant_alone_runs_no_roi_head_of_a_teacher(teacher, monkeypatch):
     model = teacher and narrow(f"{teacher}_r18", seed=1)
@@ -246,7 +214,7 @@ def test_one_feature_is_zero_where_the_assistant_equals_the_teacher():
             teacher_model=teacher,
             targets=batch.padded_targets(),
         )
-        terms = link(step)
+        terms = link(step, {"akd", "ckd"})
     assert terms["akd_1"].item() == pytest.approx(0, abs=1e-12)
     assert terms["akd_2"].item() == pytest.approx(0, abs=1e-12)
     assert terms["ckd"] > 0
@@ -387,8 +355,6 @@ def test_bfloat16_gives_about_the_same_terms():
         ("retinanet", None, {}, "head needs a teacher"),
         ("retinanet", None, {"akd": False}, "head needs a teacher"),
         ("faster_rcnn", None, {"akd": False, "ckd": False}, "has such a head itself"),
-        ("retinanet", "retinanet", {}, "both retinanet; .* use the method 'feature'"),
-        ("faster_rcnn", "faster_rcnn", {}, "both faster_rcnn"),
         ("faster_rcnn", "reppoints", {"ckd": True}, "class and box towers, which faster_rcnn_r18"),
         (
             "faster_rcnn",
@@ -404,6 +370,17 @@ def test_what_cannot_work_is_refused_before_training(student, teacher, options, 
     with pytest.raises(UserError, match=message) as caught:
         Distiller(*models, {"head": HEAD(**options)})
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("family", ["retinanet", "faster_rcnn"])
+def test_a_pair_of_one_family_is_sent_to_the_method_that_head_becomes(family):
+    student, teacher = narrow(f"{family}_r18"), narrow(f"{family}_r18", seed=1)
+    advice = "use the method 'feature' with adapter 'per_level' and transfer_head true"
+    with pytest.raises(UserError, match=f"both {family}; .* {advice}"):
+        Distiller(student, teacher, {"head": HEAD()})
+    fitnet = create_method("feature", adapter="per_level", transfer_head=True)
+    Distiller(student, teacher, {"feature": fitnet})
+    assert len(fitnet.adapters) == len(student.strides)
 
 
 def test_other_misfits_are_refused():

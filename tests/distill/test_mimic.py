@@ -252,6 +252,22 @@ def test_refusals(method):
         create_method(method, temperature=0.0)
 
 
+def test_the_way_out_of_unlike_anchors_is_named_where_there_is_one():
+    def sentence(student, teacher, name="mimic"):
+        with pytest.raises(UserError) as caught:
+            Distiller(narrow(student), narrow(teacher, seed=1), {name: METHODS[name]()})
+        return str(caught.value)
+
+    for teacher in ("retinanet_r18", "fcos_r18"):
+        assert "choose a teacher with the student's, anchors 'best', by" in sentence(
+            "gfl_r18", teacher
+        )
+        Distiller(narrow(), narrow(teacher), {"mimic": PredictionMimicking(anchors="best")})
+    for given in (("retinanet_r18", "gfl_r18"), ("gfl_r18", "retinanet_r18", "soft_label")):
+        assert "anchors 'best'" not in sentence(*given)
+        assert "the student's, or crosskd, which does not need them to agree" in sentence(*given)
+
+
 def test_refusals_of_mimic():
     for student in (narrow("atss_r18"), narrow(reg_max=8)):
         with pytest.raises(UserError, match="mimic: box_loss 'kl' needs distance distributions"):

@@ -64,12 +64,15 @@ def test_methods_that_act_in_time():
         ({"warmup": 200}, "warning", "20% of the run"),
         ({"start": 1000}, "problem", "never"),
         ({"start": 500, "warmup": 1000}, "problem", "reach 50%"),
+        ({"warmup": 9, "ckd_start": 1000}, "problem", "head's CKD starts at step 1000"),
+        ({"warmup": 9, "ckd_warmup": 200}, "warning", "head's CKD warms up over 200 steps"),
     ],
 )
 def test_methods_that_act_too_late(options, level, part):
     [found] = check_schedules({"head": create_method("head", **options)}, 1000)
     assert found.level == level and part in found.text
-    assert "--set methods.head." in found.advice
+    own = next((key for key in options if key.startswith("ckd")), "")
+    assert f"--set methods.head.{own}" in found.advice
 
 
 def test_a_full_backbone_without_imagenet_weights(tmp_path):

@@ -79,13 +79,19 @@ def check_same_classes(student: FPNDetector, teacher: FPNDetector, method: str) 
         )
 
 
-def check_same_anchors(student: DenseDetector, teacher: DenseDetector, method: str) -> None:
-    """Refuses a pair whose predictions do not stand on the same anchors or points."""
+def check_same_anchors(
+    student: DenseDetector, teacher: DenseDetector, method: str, way_out: str = ""
+) -> None:
+    """Refuses a pair whose predictions do not stand on the same anchors or points.
+
+    `way_out` names the method's own option for such a pair, if it has one.
+    """
     if (student.grid.key, student.strides) != (teacher.grid.key, teacher.strides):
         raise UserError(
             f"{method} compares the two detectors anchor by anchor, and the anchors or points of "
             f"the teacher {teacher.name} are not those of the student {student.name}; choose a "
-            f"teacher with the student's, or crosskd, which does not need them to agree"
+            f"teacher with the student's, {way_out and f'{way_out}, '}or crosskd, which does not "
+            f"need them to agree"
         )
 
 

@@ -6,7 +6,7 @@ of other kinds without any teacher. What both need stands here.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from typing import Literal, TypeVar, cast, get_args
 
 import torch
@@ -21,7 +21,7 @@ from detdistill.detectors.roi_head import RoIHead
 from detdistill.detectors.two_stage import TwoStageDetector
 from detdistill.distill.adapters import activated, channel_adapter
 from detdistill.distill.method import Method, Step
-from detdistill.distill.schedule import Schedule
+from detdistill.distill.schedule import Schedule, silent
 from detdistill.errors import UserError
 from detdistill.structures import DenseOutput, Proposals, Pyramid, RoIOutput, Targets
 
@@ -35,19 +35,47 @@ class AssistedMethod(Method):
     """A method with assistants, whose own losses the schedule leaves alone.
 
     `start` and `stop` act on what is distilled, never on what the assistants learn from the ground
-    truth: they go on learning. The warm-up acts on that too where `assistant_warmup` says so.
+    truth: they go on learning. The warm-up acts on that too where `assistant_warmup` says so. CKD
+    may have of these what `ckd_timing` holds for itself. What rests is not computed.
     """
 
     schedule = Schedule(warmup=WARMUP)
     assistant_warmup = False
     truth_terms: frozenset[str] = frozenset()
+    ckd_timing: Mapping[str, int] = {}
+
+    @property
+    def part_schedules(self) -> Mapping[str, Schedule]:
+        """That of CKD, where it is not that of all that is distilled."""
+        own = {**vars(self.schedule), **self.ckd_timing}
+        return {"ckd": Schedule(**own)} if self.ckd_timing else {}
 
     def factor(self, term: str, iteration: int) -> float:
         """Of a term's weight after `iteration` steps."""
         if term not in self.truth_terms:
-            return self.schedule.factor(iteration)
+            return self.part_schedules.get(part_of(term), self.schedule).factor(iteration)
         warmup = self.schedule.warmup if self.assistant_warmup else 0
         return Schedule(warmup=warmup).factor(iteration)
+
+    def is_taught(self, iteration: int) -> bool:
+        """Whether something is distilled after `iteration` steps, and by a teacher."""
+        distilled = [f for t, f in self.factors(iteration).items() if t not in self.truth_terms]
+        return self.needs_teacher and any(distilled)
+
+    def forward(self, step: Step) -> dict[str, Tensor]:
+        """Raw terms, as the class says; those that rest are 0."""
+        factors = self.factors(step.iteration)
+        acting = {part_of(term) for term, factor in factors.items() if factor}
+        terms = self.acting_terms(step, acting)
+        resting = [term for term in factors if term not in terms]
+        if resting:
+            idle = [p for name, p in self.named_parameters() if "assistant" not in name]
+            terms |= silent(resting, nn.ParameterList(idle), step.student)
+        return terms
+
+    def acting_terms(self, step: Step, acting: Set[str]) -> dict[str, Tensor]:
+        """Raw terms: the assistants' own losses and, where they are in `acting`, AKD and CKD."""
+        raise NotImplementedError
 
 
 class RoIAssistant(nn.Module):
@@ -174,6 +202,11 @@ class DenseAssistant(nn.Module):
         weights, terms = self.head.loss_weights, self.head.loss(output, targets)
         named = {name.removeprefix("task/"): value for name, value in terms.items()}
         return {name: value / weights[name] for name, value in named.items()}
+
+
+def part_of(term: str) -> str:
+    """What a term is part of: "akd", "ckd", or the assistant whose own loss it is."""
+    return term.split("_")[0]
 
 
 def require_own_head(model: FPNDetector | None, method: str) -> None:

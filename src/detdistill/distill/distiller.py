@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from detdistill.detectors.base import FPNDetector
 from detdistill.distill.inputs import check_kinds, check_method, check_weights
 from detdistill.distill.method import Method, Step
+from detdistill.distill.schedule import silent
 from detdistill.errors import UserError
 from detdistill.structures import (
     Assignment,
@@ -136,7 +137,7 @@ class Distiller(nn.Module):
         )
         terms, resting = {}, set()
         for name, method in methods.items():
-            values = method(step) if method in acting else _silent(method, output)
+            values = method(step) if method in acting else silent(factors[name], method, output)
             for term, value in values.items():
                 factor = factors[name][term]
                 self.raw[f"{name}/{term}"] = value.detach()
@@ -148,7 +149,7 @@ class Distiller(nn.Module):
 
     def _run_teacher(self, batch: Batch, acting: Sequence[Method]) -> DenseOutput | None:
         """As far as the methods that act now need it."""
-        teacher, taught = self.teacher, [method for method in acting if method.needs_teacher]
+        teacher, taught = self.teacher, [m for m in acting if m.is_taught(self.iteration)]
         if teacher is None or not taught:
             return None
         # Not inference_mode: its tensors cannot be saved for the cross-head backward pass.
@@ -157,9 +158,3 @@ class Distiller(nn.Module):
             if any(method.teacher_stage == "head" for method in taught):
                 return teacher.head(pyramid, keep_pre_activation=self._keep)
             return DenseOutput(Predictions([], []), {}, [], pyramid)
-
-
-def _silent(method: Method, output: DenseOutput) -> dict[str, Tensor]:
-    """Terms of a method that its schedule silences: 0, tied to all that it would train."""
-    tie = sum((p.sum() for p in method.parameters()), output.pyramid[0].sum()) * 0
-    return dict.fromkeys(method.weights, tie)

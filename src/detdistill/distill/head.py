@@ -13,6 +13,7 @@ whether these made the published rows is unknown. What neither settles is said t
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping, Set
 from dataclasses import dataclass, replace
 from typing import cast
 
@@ -41,6 +42,7 @@ from detdistill.distill.assistants import (
     tower_maps,
 )
 from detdistill.distill.method import METHODS, Step
+from detdistill.distill.schedule import TIMING, Schedule, Steps
 from detdistill.errors import UserError
 from detdistill.registry import AtLeastOne, check_choice
 from detdistill.structures import DenseOutput, Proposals
@@ -96,7 +98,7 @@ class HEAD(AssistedMethod):
       the authors' two development configurations; which the published row used is unknown.
 
     AKD and CKD warm up over 2000 steps (`warmup`). For a pair of one family HEAD is the imitation
-    of the pyramid: the method `feature`.
+    of the pyramid: `FeatureImitation(adapter="per_level", transfer_head=True)`.
 
     Args:
         akd: distil into the assistant.
@@ -104,6 +106,9 @@ class HEAD(AssistedMethod):
             truth alone; it then needs no teacher, and starts untrained without one.
         akd_weight: factor of each AKD term.
         ckd_weight: factor of each CKD term.
+        ckd_start: `start` of CKD alone; None, as of the next two, is that of AKD.
+        ckd_stop: `stop` of CKD alone.
+        ckd_warmup: `warmup` of CKD alone.
         ckd_projector: "single" as released, or "per_anchor", a projection for each anchor of a
             cell, as in the development configurations.
         assistant_warmup: the assistant's own losses warm up too.
@@ -117,6 +122,9 @@ class HEAD(AssistedMethod):
         ckd: bool | None = None,
         akd_weight: float | None = None,
         ckd_weight: float | None = None,
+        ckd_start: Steps | None = None,
+        ckd_stop: AtLeastOne | None = None,
+        ckd_warmup: Steps | None = None,
         ckd_projector: Projector = "single",
         assistant_warmup: bool | None = None,
         proposals: AtLeastOne = 1000,
@@ -128,6 +136,8 @@ class HEAD(AssistedMethod):
         self.settings = Settings(
             akd, ckd, akd_weight, ckd_weight, assistant_warmup, ckd_projector, proposals
         )
+        own = zip(TIMING, (ckd_start, ckd_stop, ckd_warmup), strict=True)
+        self.ckd_timing = {key: value for key, value in own if value is not None}
         self.link: RoILink | DenseLink
 
     def prepare(self, student: FPNDetector, teacher: FPNDetector | None) -> None:
@@ -140,29 +150,48 @@ class HEAD(AssistedMethod):
             self.settings = self.settings.completed(
                 akd_weight=1.0, ckd=False, ckd_weight=1.0, assistant_warmup=True
             )
+        else:
+            self.settings = _for_roi_assistant(self.settings, student)
+        _check_ckd_timing(self.ckd_timing, self.schedule, ckd=bool(self.settings.ckd))
+        if isinstance(teacher, DenseDetector):
             self.link = DenseLink(student, teacher, self.settings)
             self.teacher_stage = "head"
         else:
-            self.settings = _for_roi_assistant(self.settings, student)
             self.link = RoILink(student, cast("TwoStageDetector | None", teacher), self.settings)
             self.teacher_stage = "pyramid"
         self.assistant_warmup = bool(self.settings.assistant_warmup)
         self.weights = self.link.weights
         self.truth_terms = frozenset(t for t in self.weights if t.startswith("assistant"))
 
-    def forward(self, step: Step) -> dict[str, Tensor]:
-        """Raw terms, as the class says."""
-        return self.link(step)  # type: ignore[no-any-return]
+    def acting_terms(self, step: Step, acting: Set[str]) -> dict[str, Tensor]:
+        """Raw terms of a step."""
+        return self.link(step, acting)  # type: ignore[no-any-return]
 
 
 def _check_pair(student: FPNDetector, teacher: FPNDetector) -> None:
     if student.family == teacher.family:
         raise UserError(
             f"head is for heads of different kinds, and {student.name} and {teacher.name} are both "
-            f"{student.family}; between such a pair it is imitation of the pyramid: use the method "
-            f"'feature'"
+            f"{student.family}; between such a pair it is FitNet on the pyramid: use the method "
+            f"'feature' with adapter 'per_level' and transfer_head true, as in the authors' code"
         )
     check_same_classes(student, teacher, "head")
+
+
+def _check_ckd_timing(own: Mapping[str, int], of_akd: Schedule, *, ckd: bool) -> None:
+    """Refuses a schedule of CKD by which it never acts, or where there is no CKD."""
+    if own and not ckd:
+        key, value = next(iter(own.items()))
+        raise UserError(
+            f"head: ckd_{key} is {value}, but CKD is off, as asked for or by default for this "
+            f"pair; set ckd to true, or leave ckd_{key} out"
+        )
+    start, stop = own.get("start", of_akd.start), own.get("stop", of_akd.stop)
+    if stop is not None and stop <= start:
+        raise UserError(
+            f"head: CKD stops at step {stop} and starts at step {start}, so it would never act; "
+            f"raise ckd_stop (without it: stop), or lower ckd_start (without it: start)"
+        )
 
 
 def _for_roi_assistant(settings: Settings, student: FPNDetector) -> Settings:
@@ -227,20 +256,20 @@ class RoILink(nn.Module):
             self.projector = nn.Linear(own, width, bias=False)
         self.weights["ckd"] = self.settings.ckd_weight
 
-    def forward(self, step: Step) -> dict[str, Tensor]:
-        """Raw terms of a step."""
+    def forward(self, step: Step, acting: Set[str]) -> dict[str, Tensor]:
+        """Raw terms of a step; AKD and CKD where they are in `acting`."""
         rois = self.assistant.boxes(step, self.settings.proposals)
         seen = self.assistant(step.student.pyramid, rois, step.targets)
         terms = prefixed("assistant", self.assistant.losses(seen))
-        stages = len(seen) if self.settings.akd else int(self.projector is not None)
+        stages = len(seen) if "akd" in acting else int("ckd" in acting)
         for stage in range(stages):
             rois, found = seen[stage]
             wanted = self._teacher_features(step, rois, stage)
-            if self.settings.akd:
+            if "akd" in acting:
                 for layer, pair in enumerate(zip(found.features, wanted, strict=True), 1):
                     name = f"akd{self.assistant.suffixes[stage]}_{layer}"
                     terms[name] = mean_square(self.adapters[name](pair[0]), pair[1])
-            if stage == 0 and self.projector is not None:
+            if stage == 0 and "ckd" in acting:
                 terms["ckd"] = self._ckd(step, rois, wanted[-1])
         return terms
 
@@ -324,17 +353,17 @@ class DenseLink(nn.Module):
         for branch in ("cls", "box"):
             self.projectors[branch] = nn.Conv2d(*widths, 1)
 
-    def forward(self, step: Step) -> dict[str, Tensor]:
-        """Raw terms of a step."""
+    def forward(self, step: Step, acting: Set[str]) -> dict[str, Tensor]:
+        """Raw terms of a step; AKD and CKD where they are in `acting`."""
         output = self.assistant(step.student.pyramid)
         terms = prefixed("assistant", self.assistant.losses(output, step.targets))
-        if self.adapters:
+        if "akd" in acting:
             assert step.teacher is not None
             own, wanted = self._maps(output), self._maps(step.teacher)
             for name, adapter in self.adapters.items():
                 found = [adapter(level) for level in own[name]]
                 terms[f"akd_{name}"] = mean_square_of_levels(found, wanted[name])
-        for branch, projector in self.projectors.items():
+        for branch, projector in self.projectors.items() if "ckd" in acting else ():
             assert step.teacher is not None
             towers = tower_maps(step.student, branch, self.depth)
             found = [projector(towers[level]) for level in self.levels]

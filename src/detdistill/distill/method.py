@@ -100,6 +100,11 @@ class Method(nn.Module):
     schedule = Schedule()
     prepared = False
 
+    @property
+    def part_schedules(self) -> Mapping[str, Schedule]:
+        """Of the terms that have one of their own, by the beginning of their names."""
+        return {}
+
     def prepare(self, student: FPNDetector, teacher: FPNDetector | None) -> None:
         """Checks the pair and builds adapters; called once, before the first batch.
 
@@ -115,6 +120,10 @@ class Method(nn.Module):
     def factors(self, iteration: int) -> dict[str, float]:
         """Of every term's weight after `iteration` steps."""
         return {term: self.factor(term, iteration) for term in self.weights}
+
+    def is_taught(self, iteration: int) -> bool:
+        """Whether the teacher has something to say to it after `iteration` steps."""
+        return self.needs_teacher
 
     def forward(self, step: Step) -> dict[str, Tensor]:
         """Raw scalar terms, the same keys in every step, exactly 0 where nothing applies."""
@@ -139,8 +148,7 @@ def create_method(name: str, **options: Any) -> Method:
     timing = {key: options.pop(key) for key in TIMING if key in options}
     method = entry(**checked_keywords(f"method {name!r}", entry, options, TIMING))
     if timing:
-        timing = {**vars(method.schedule), **timing}
-        timing = checked_keywords(f"method {name!r}", Schedule, timing)
+        timing = checked_keywords(f"method {name!r}", Schedule, vars(method.schedule) | timing)
         try:
             method.schedule = Schedule(**timing)
         except UserError as error:

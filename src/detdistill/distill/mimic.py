@@ -77,7 +77,9 @@ class PredictionMimicking(Method):
         student = require_dense(student, "mimic", "student")
         check_same_classes(student, teacher, "mimic")
         if self.anchors == "same":
-            check_same_anchors(student, teacher, "mimic")
+            way_out = "anchors 'best', by which each cell of the student copies the teacher's best"
+            fits = _one_per_cell(student, teacher)
+            check_same_anchors(student, teacher, "mimic", way_out if fits else "")
         else:
             _check_one_per_cell(student, teacher)
         self.loss.settle(teacher, predictor=student)
@@ -94,8 +96,13 @@ class PredictionMimicking(Method):
         return self.loss(found, step, lambda boxes, _: student.decode(boxes, anchors), choose)
 
 
+def _one_per_cell(student: DenseDetector, teacher: DenseDetector) -> bool:
+    """Whether the student can copy one of the teacher's predictions in each cell."""
+    return student.grid.per_location == 1 and student.strides == teacher.strides
+
+
 def _check_one_per_cell(student: DenseDetector, teacher: DenseDetector) -> None:
-    if student.grid.per_location != 1 or student.strides != teacher.strides:
+    if not _one_per_cell(student, teacher):
         raise UserError(
             f"mimic: anchors 'best' needs a student with one prediction a cell, on the teacher's "
             f"levels; {student.name} has {student.grid.per_location} a cell at strides "

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Annotated
 
 from annotated_types import Ge
+from torch import Tensor, nn
 
 from detdistill.errors import UserError
 from detdistill.registry import AtLeastOne
+from detdistill.structures import DenseOutput
+
+if TYPE_CHECKING:
+    from detdistill.distill.method import Method
 
 TIMING = ("start", "stop", "warmup")
 """Keywords of `Schedule`, which every method takes beside its own."""
+Steps = Annotated[int, Ge(0)]
 
 
 class Schedule:
@@ -25,9 +32,9 @@ class Schedule:
     def __init__(
         self,
         *,
-        start: Annotated[int, Ge(0)] = 0,
+        start: Steps = 0,
         stop: AtLeastOne | None = None,
-        warmup: Annotated[int, Ge(0)] = 0,
+        warmup: Steps = 0,
     ) -> None:
         """Always on, by default."""
         if stop is not None and stop <= start:
@@ -39,3 +46,19 @@ class Schedule:
         if iteration < self.start or (self.stop is not None and iteration >= self.stop):
             return 0.0
         return min(1.0, (iteration - self.start) / self.warmup) if self.warmup else 1.0
+
+
+def named_schedules(methods: Mapping[str, Method]) -> list[tuple[str, str, Schedule]]:
+    """For messages: whom each schedule is of, how its options begin, and itself."""
+    named = []
+    for name, method in methods.items():
+        named.append((name, f"methods.{name}.", method.schedule))
+        for part, own in method.part_schedules.items():
+            named.append((f"{name}'s {part.upper()}", f"methods.{name}.{part}_", own))
+    return named
+
+
+def silent(terms: Iterable[str], trained: nn.Module, output: DenseOutput) -> dict[str, Tensor]:
+    """Terms that a schedule silences: 0, tied to the student and to all that they would train."""
+    tie = sum((p.sum() for p in trained.parameters()), output.pyramid[0].sum()) * 0
+    return dict.fromkeys(terms, tie)

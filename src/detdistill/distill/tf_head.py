@@ -10,7 +10,7 @@ development configurations.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from typing import Literal, cast, get_args
 
 from torch import Tensor, nn
@@ -157,30 +157,35 @@ class TFHEAD(AssistedMethod):
             width = student.tower_channels_at(student.tower_depth)
         return nn.Conv2d(width, head.tower_channels_at(head.tower_depth), 1)
 
-    def forward(self, step: Step) -> dict[str, Tensor]:
-        """Raw terms, as the class says."""
+    def acting_terms(self, step: Step, acting: Set[str]) -> dict[str, Tensor]:
+        """Raw terms of a step."""
         terms: dict[str, Tensor] = {}
         for kind, assistant in self.assistants.items():
             if isinstance(assistant, RoIAssistant):
-                terms |= self._roi_terms(step, assistant)
+                terms |= self._roi_terms(step, assistant, acting)
             else:
-                terms |= self._dense_terms(step, kind, cast(DenseAssistant, assistant))
+                dense = cast(DenseAssistant, assistant)
+                terms |= self._dense_terms(step, kind, dense, acting)
         return terms
 
-    def _roi_terms(self, step: Step, assistant: RoIAssistant) -> dict[str, Tensor]:
+    def _roi_terms(
+        self, step: Step, assistant: RoIAssistant, acting: Set[str]
+    ) -> dict[str, Tensor]:
         rois = assistant.boxes(step, self.proposals)
         seen = assistant(step.student.pyramid, rois, step.targets)
         terms = prefixed("rcnn", assistant.losses(seen))
-        if self.ckd:
+        if "ckd" in acting:
             project = cast(CellProjector, self.projectors["rcnn"])
             features = seen[0][1].features[-1].detach()
             terms["ckd_rcnn"] = cross_kind_loss(project, step.student, rois, features)
         return terms
 
-    def _dense_terms(self, step: Step, kind: str, assistant: DenseAssistant) -> dict[str, Tensor]:
+    def _dense_terms(
+        self, step: Step, kind: str, assistant: DenseAssistant, acting: Set[str]
+    ) -> dict[str, Tensor]:
         output = assistant(step.student.pyramid)
         terms = prefixed(kind, assistant.losses(output, step.targets))
-        if self.ckd:
+        if "ckd" in acting:
             branch = "cls" if "cls" in step.student.towers else "shared"
             depth = len(step.student.towers[branch][0]) - 1
             strides = step.student.pyramid.strides

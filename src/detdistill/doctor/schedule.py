@@ -8,6 +8,7 @@ from typing import Any
 from detdistill.data.transforms import out_of_reach
 from detdistill.detectors import FPNDetector
 from detdistill.distill import Method
+from detdistill.distill.schedule import named_schedules
 from detdistill.doctor.finding import Finding, counted
 from detdistill.engine.optim import endless_warmup, milestones_beyond, shorter_warmup
 from detdistill.recipe import Recipe
@@ -109,15 +110,14 @@ def check_start(student: FPNDetector, recipe: Recipe) -> list[Finding]:
 def check_schedules(methods: Mapping[str, Method], total_steps: int) -> list[Finding]:
     """The methods' own starts and warm-ups (HEAD's is 2000 steps) against the length of the run."""
     findings = []
-    for name, method in methods.items():
-        schedule = method.schedule
-        prefix = f"--set methods.{name}"
+    for name, options, schedule in named_schedules(methods):
+        prefix = f"--set {options}"
         if schedule.start >= total_steps:
             text = f"{name} starts at step {schedule.start}, the run has {total_steps}: never"
-            findings.append(Finding("problem", text, f"{prefix}.start=0, or a longer run"))
+            findings.append(Finding("problem", text, f"{prefix}start=0, or a longer run"))
             continue
         end = schedule.start + schedule.warmup
-        advice = f"{prefix}.warmup={max(1, total_steps // 20)}, or a longer run"
+        advice = f"{prefix}warmup={max(1, total_steps // 20)}, or a longer run"
         if schedule.warmup and end >= total_steps:
             reached = (total_steps - schedule.start) / schedule.warmup
             text = (

@@ -111,9 +111,9 @@ def full_strength(methods: Sequence[Method]) -> int:
     """
     steps = [0]
     for method in methods:
-        schedule = method.schedule
-        last = math.inf if schedule.stop is None else schedule.stop - 1
-        steps.append(int(min(schedule.start + schedule.warmup, last)))
+        for schedule in (method.schedule, *method.part_schedules.values()):
+            last = math.inf if schedule.stop is None else schedule.stop - 1
+            steps.append(int(min(schedule.start + schedule.warmup, last)))
     return max(steps)
 
 

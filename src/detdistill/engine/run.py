@@ -15,6 +15,7 @@ from detdistill.data import TrainBatches
 from detdistill.data.transforms import eval_size
 from detdistill.detectors import FPNDetector, save_detector
 from detdistill.distill import Distiller, Method
+from detdistill.distill.schedule import named_schedules
 from detdistill.engine.ahead import look_ahead
 from detdistill.engine.build import Parts
 from detdistill.engine.checkpoint import (
@@ -169,8 +170,8 @@ class Run:
 
     def say_schedules(self) -> None:
         """Methods that do not reach their full weights in this run, or do not act at all."""
-        for name, method in self.distiller.methods.items():
-            schedule = cast(Method, method).schedule
+        methods = cast("dict[str, Method]", dict(self.distiller.methods.items()))
+        for name, options, schedule in named_schedules(methods):
             full = schedule.start + schedule.warmup
             end, why = self.total_steps, f"this run has {self.total_steps} steps"
             if schedule.stop is not None and schedule.stop <= end:
@@ -179,7 +180,7 @@ class Run:
                 first = f"{name} acts from step {schedule.start}, with full weights from {full}"
                 self.display.say(
                     f"warning: {first}, but {why}; lower "
-                    f"methods.{name}.{'warmup' if schedule.warmup else 'start'}"
+                    f"{options}{'warmup' if schedule.warmup else 'start'}"
                 )
 
     def report(self, rate: float, images_per_second: float) -> None:
