@@ -70,8 +70,7 @@ class FPNDetector(nn.Module):
     ) -> None:
         """Builds backbone and pyramid."""
         super().__init__()
-        # Also NumPy's whole numbers.
-        if not hasattr(num_classes, "__index__") or num_classes < 1:
+        if not hasattr(num_classes, "__index__") or num_classes < 1:  # NumPy's fit, too
             raise UserError(f"num_classes is {num_classes!r}; expected a whole number from 1 on")
         self.name = f"{self.family}_{backbone}"
         self.num_classes = int(num_classes)

@@ -9,10 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from detdistill.detectors.base import FPNDetector
-from detdistill.distill.inputs import check_kinds, check_method, check_weights
+from detdistill.distill.inputs import check_kinds, check_method, check_trainable, check_weights
 from detdistill.distill.method import Method, Step
 from detdistill.distill.schedule import silent
-from detdistill.errors import UserError
 from detdistill.structures import (
     Assignment,
     Batch,
@@ -55,9 +54,7 @@ class Distiller(nn.Module):
         methods = {} if methods is None else methods
         check_kinds(student, teacher, methods)
         for name, method in methods.items():
-            check_method(name, method)
-            if teacher is None and method.needs_teacher:
-                raise UserError(f"{name} needs a teacher; pass --teacher RUN_OR_FILE")
+            check_method(name, method, teacher)
             method.prepare(student, teacher)
             method.prepared = True
             check_weights(name, method.weights)
@@ -65,11 +62,7 @@ class Distiller(nn.Module):
         self.methods = nn.ModuleDict(methods)
         if teacher is not None:
             teacher.requires_grad_(False).eval()
-        if not any(parameter.requires_grad for parameter in student.parameters()):
-            raise UserError(
-                "no parameter of the student is trainable, as after it was a teacher; call "
-                "student.requires_grad_(True), or load it anew"
-            )
+        check_trainable(student)
         needed = any(method.needs_teacher for method in methods.values())
         self._teacher = (teacher if needed else None,)  # a tuple hides it from the module tree
         self.iteration = 0
@@ -102,9 +95,8 @@ class Distiller(nn.Module):
         """
         student, targets = self.student, batch.padded_targets()
         check_targets(targets, batch, student.num_classes)
-        output = student.head(
-            student.pyramid(student.normalize(batch)), keep_pre_activation=self._keep
-        )
+        pyramid = student.pyramid(student.normalize(batch))
+        output = student.head(pyramid, keep_pre_activation=self._keep)
         assignment = student.assign(output, targets)
         terms = student.loss(output, targets, assignment)
         weights = {f"task/{name}": weight for name, weight in student.loss_weights.items()}

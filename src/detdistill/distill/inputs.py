@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
+from torch import nn
+
 from detdistill.distill.method import Method
 from detdistill.errors import UserError
 
@@ -24,8 +26,8 @@ def check_kinds(student: object, teacher: object, methods: object) -> None:
         raise UserError(f'methods is {methods!r}; expected methods by name, {{"pkd": PKD()}}')
 
 
-def check_method(name: str, method: object) -> None:
-    """`UserError` for what is no method, one of another pair, or a name that is not to be had."""
+def check_method(name: str, method: object, teacher: object) -> None:
+    """`UserError` for no method, one of another pair or without its teacher, or a name in use."""
     if not isinstance(method, Method):
         raise UserError(f"{name} is {method!r}; expected a method such as create_method({name!r})")
     if name == "task" or "." in name:
@@ -36,6 +38,8 @@ def check_method(name: str, method: object) -> None:
         raise UserError(
             f"{name} was prepared for another pair and keeps its settings; make a new one"
         )
+    if teacher is None and method.needs_teacher:
+        raise UserError(f"{name} needs a teacher; pass --teacher RUN_OR_FILE")
 
 
 def check_weights(name: str, weights: Mapping[str, float]) -> None:
@@ -45,3 +49,12 @@ def check_weights(name: str, weights: Mapping[str, float]) -> None:
         raise UserError(f"{name} has the weights {wrong}; expected numbers from 0 on")
     if not any(weights.values()):
         raise UserError(f"{name}: all its weights are 0; leave it out, or raise one")
+
+
+def check_trainable(student: nn.Module) -> None:
+    """`UserError` where no parameter is."""
+    if not any(parameter.requires_grad for parameter in student.parameters()):
+        raise UserError(
+            "no parameter of the student is trainable, as after it was a teacher; call "
+            "student.requires_grad_(True), or load it anew"
+        )
