@@ -84,8 +84,9 @@ def test_images_of_any_sizes_make_a_batch():
     ("images", "message"),
     [
         ([], "was given no image;"),
-        ([torch.zeros(3, 8, 8), torch.zeros(8, 8, 3)], r"an image of shape \(8, 8, 3\)"),
-        ([torch.zeros(3, 0, 8)], r"an image of shape \(3, 0, 8\)"),
+        ([torch.zeros(3, 8, 8), torch.zeros(8, 8, 3)], r"a Tensor of shape \(8, 8, 3\)"),
+        ([torch.zeros(3, 8, 8).numpy()], r"a ndarray of shape \(3, 8, 8\); expected tensors"),
+        ([torch.zeros(3, 0, 8)], r"a Tensor of shape \(3, 0, 8\)"),
         (
             [torch.zeros(3, 8, 8), torch.zeros(3, 8, 8, dtype=torch.uint8)],
             "images of torch.float32 and torch.uint8",

@@ -79,12 +79,16 @@ class Batch:
         """Images (3, h, w) of any sizes, padded together; boxes stay where they are.
 
         Raises:
-            UserError: no image, one of another shape, or images of several types.
+            UserError: no image, none that is a tensor of that shape, or images of several types.
         """
-        shapes = [tuple(image.shape) for image in images]
-        wrong = [shape for shape in shapes if len(shape) != 3 or shape[0] != 3 or 0 in shape]
+        shapes = [tuple(getattr(image, "shape", ())) for image in images]
+        wrong = [
+            f"an image that is a {type(image).__name__} of shape {shape}"
+            for image, shape in zip(images, shapes, strict=True)
+            if not isinstance(image, Tensor) or len(shape) != 3 or shape[0] != 3 or 0 in shape
+        ]
         if wrong or not shapes:
-            found = f"an image of shape {wrong[0]}" if wrong else "no image"
+            found = wrong[0] if wrong else "no image"
             raise UserError(f"a batch was given {found}; expected tensors (3, h, w), RGB, 0..255")
         kinds = list(dict.fromkeys(str(image.dtype) for image in images))
         if len(kinds) > 1:
