@@ -1,10 +1,12 @@
 """Records: what can be read from them in two ways agrees."""
 
+import warnings
+
 import pytest
 import torch
 from torchvision.tv_tensors import BoundingBoxes
 
-from detdistill import Batch, Distiller, UserError
+from detdistill import Batch, Distiller, UserError, UserNotice
 from detdistill.structures import flatten_maps, rows_of_maps
 from tests.helpers import narrow
 
@@ -92,3 +94,56 @@ def test_targets_may_hold_more_than_boxes_and_labels():
 def test_predict_says_which_images_it_takes(images):
     with pytest.raises(UserError, match=r"expected tensors \(3, h, w\), RGB, in a list"):
         narrow().predict(images)
+
+
+def test_images_of_any_sizes_make_a_batch():
+    images = [
+        torch.full((3, 33, 20), 7, dtype=torch.uint8),
+        torch.full((3, 10, 32), 9, dtype=torch.uint8),
+    ]
+    targets = [target([BOX], [0]), target([BOX, BOX], [1, 2])]
+    batch = Batch.from_images(images, targets, [5, 6])
+    padded = batch.images
+    assert padded.shape == (2, 3, 64, 32) and padded.dtype == torch.uint8
+    assert (padded[0, :, :33, :20] == 7).all() and padded[0].sum() == 3 * 33 * 20 * 7
+    assert (padded[1, :, :10, :32] == 9).all() and padded[1].sum() == 3 * 10 * 32 * 9
+    assert (batch.sizes, batch.image_ids) == ([(33, 20), (10, 32)], [5, 6])
+    terms = Distiller(narrow())(batch)
+    assert sum(terms.values()).isfinite()
+
+
+@pytest.mark.parametrize(
+    ("images", "message"),
+    [
+        ([], "was given no image;"),
+        ([torch.zeros(3, 8, 8), torch.zeros(8, 8, 3)], r"a Tensor of shape \(8, 8, 3\)"),
+        ([torch.zeros(3, 8, 8).numpy()], r"a ndarray of shape \(3, 8, 8\); expected tensors"),
+        ([torch.zeros(3, 0, 8)], r"a Tensor of shape \(3, 0, 8\)"),
+        (
+            [torch.zeros(3, 8, 8), torch.zeros(3, 8, 8, dtype=torch.uint8)],
+            "images of torch.float32 and torch.uint8",
+        ),
+    ],
+)
+def test_images_that_make_no_batch_are_refused(images, message):
+    with pytest.raises(UserError, match=message):
+        Batch.from_images(images)
+
+
+@pytest.mark.parametrize(
+    ("image", "told"),
+    [
+        (torch.rand(3, 40, 50), True),
+        (torch.rand(3, 40, 50) * 255, False),
+        (torch.zeros(3, 40, 50), False),
+        (torch.ones(3, 40, 50, dtype=torch.uint8), False),
+    ],
+)
+def test_predict_tells_of_images_that_are_0_to_1(image, told):
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("default")
+        for _ in range(2):
+            narrow().predict([image, image])
+    sentences = [str(one.message) for one in found if issubclass(one.category, UserNotice)]
+    assert len(sentences) == told
+    assert all("images are 0..255" in sentence for sentence in sentences)

@@ -23,6 +23,7 @@ _HOMES = {
     "SoftLabel": "detdistill.distill",
     "TFHEAD": "detdistill.distill",
     "UserError": "detdistill.errors",
+    "UserNotice": "detdistill.errors",
     "as_detector": "detdistill.detectors",
     "create_detector": "detdistill.detectors",
     "create_method": "detdistill.distill",
@@ -58,7 +59,7 @@ if TYPE_CHECKING:
         create_method,
         list_methods,
     )
-    from detdistill.errors import UserError
+    from detdistill.errors import UserError, UserNotice
     from detdistill.evaluation import evaluate
     from detdistill.export import export_onnx
     from detdistill.recipes import list_recipes
@@ -79,6 +80,7 @@ __all__ = [
     "PredictionMimicking",
     "SoftLabel",
     "UserError",
+    "UserNotice",
     "__version__",
     "as_detector",
     "create_detector",

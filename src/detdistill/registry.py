@@ -21,6 +21,8 @@ Width = Annotated[int, Ge(1), Le(8192)]
 Depth = Annotated[int, Ge(0), Le(64)]
 """Blocks, one after the other."""
 SHOWN = 30  # names in a message
+REQUIRED = inspect.Parameter.empty
+"""Stands for the default of a keyword that has none."""
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
@@ -43,9 +45,19 @@ class Registry(Generic[T]):
         self._entries: dict[str, T] = {}
 
     def register(self, name: str) -> Callable[[T], T]:
-        """Decorator that files the object under `name`."""
+        """Decorator that files the object under `name`; defined again, it replaces itself.
+
+        Raises:
+            UserError: another object has the name.
+        """
 
         def add(entry: T) -> T:
+            held = self._entries.get(name, entry)
+            if _home(held) != _home(entry):
+                raise UserError(
+                    f"the {self.kind} {name!r} is {_home(held)} already, so {_home(entry)} needs "
+                    f"another name"
+                )
             self._entries[name] = entry
             return entry
 
@@ -62,6 +74,11 @@ class Registry(Generic[T]):
         return sorted(name for name in self._entries if fnmatch(name, pattern))
 
 
+def _home(entry: Any) -> str:
+    """Where an entry was defined: the same for a class before and after its module is reloaded."""
+    return f"{entry.__module__}.{entry.__qualname__}"
+
+
 def check_choice(what: str, value: str, choices: Iterable[str]) -> None:
     """`UserError` when a value is none of its choices; `what` names it, e.g. "rm: score"."""
     if value not in choices:
@@ -75,34 +92,49 @@ def check_positive(what: str, value: float) -> None:
         raise UserError(f"{what} is {value}; expected a number above 0")
 
 
+def keywords_of(entry: type) -> dict[str, Any]:
+    """What a constructor takes by keyword, with the defaults; `REQUIRED` where there is none."""
+    constructor = entry.__init__  # type: ignore[misc]
+    _, *parameters = inspect.signature(constructor).parameters.values()  # without `self`
+    return {
+        parameter.name: parameter.default
+        for parameter in parameters
+        if parameter.kind in (parameter.KEYWORD_ONLY, parameter.POSITIONAL_OR_KEYWORD)
+    }
+
+
 def checked_keywords(
-    what: str, entry: type, options: dict[str, Any], beside: Iterable[str] = ()
+    what: str,
+    entry: type,
+    options: dict[str, Any],
+    beside: Iterable[str] = (),
+    given: Iterable[str] = (),
 ) -> dict[str, Any]:
-    """All keyword-only values of a constructor, defaults filled in.
+    """All keyword values of a constructor, defaults filled in.
 
     `beside` are keywords of `what` that go elsewhere; a misspelt one is answered with them, too.
+    `given` are those that the caller passes itself; they are no options.
 
     Raises:
-        UserError: for an unknown keyword (with the nearest one), a wrong type, a number that is
-            negative or not finite, a width of 0.
+        UserError: for an unknown keyword (with the nearest one), one that is needed and missing, a
+            wrong type, a number that is negative or not finite, a width of 0.
     """
     from pydantic import TypeAdapter, ValidationError  # here: names alone must load at once
 
-    constructor = entry.__init__  # type: ignore[misc]
-    known = {
-        key: parameter.default
-        for key, parameter in inspect.signature(constructor).parameters.items()
-        if parameter.kind is parameter.KEYWORD_ONLY
-    }
-    hints = get_type_hints(constructor, include_extras=True)
+    known = {key: default for key, default in keywords_of(entry).items() if key not in given}
+    hints = get_type_hints(entry.__init__, include_extras=True)  # type: ignore[misc]
     for key, value in options.items():
         if key not in known:
             raise UserError(f"{what} has no option {key!r}; {nearest(key, [*known, *beside])}")
         try:
-            TypeAdapter(hints[key]).validate_python(value, strict=True)
+            TypeAdapter(hints.get(key, Any)).validate_python(value, strict=True)
         except ValidationError as error:
             reason = error.errors()[0]["msg"]
             raise UserError(f"{what}, option {key}: {reason} (found {value!r})") from None
         if isinstance(value, (int, float)) and not 0 <= value < math.inf:
             raise UserError(f"{what}, option {key} is {value}; expected a number from 0 on")
-    return {**known, **options}
+    settled = {**known, **options}
+    missing = [key for key, value in settled.items() if value is REQUIRED]
+    if missing:
+        raise UserError(f"{what} needs the option {missing[0]!r}, which has no default; give it")
+    return settled

@@ -19,6 +19,8 @@ IGNORE = -1
 """Label of a ground-truth slot that is padding, and of an anchor that nobody learns from."""
 GROUND_TRUTH = -1
 """Level in `Proposals.origin` of a box that came from no level."""
+PADDED_TO = 32
+"""Images are padded to a multiple of this many pixels, so that the strides divide them."""
 
 
 @dataclass(frozen=True)
@@ -51,11 +53,11 @@ class Targets:
 
 @dataclass(frozen=True)
 class Batch:
-    """One prepared batch; student and teacher see the same one.
+    """One prepared batch; student and teacher see the same one. `from_images` makes one.
 
     Attributes:
-        images: (B, 3, H, W) uint8 or float, RGB, 0..255, padded at the right and the bottom.
-            Floats outside 0..255 pass unchanged.
+        images: (B, 3, H, W) uint8 or float, RGB, 0..255, padded at the right and the bottom; H and
+            W are multiples of `PADDED_TO`. Floats outside 0..255 pass unchanged.
         sizes: (h, w) of each image in pixels before padding.
         targets: one dict per image: `boxes` (N, 4) xyxy in pixels of the batch, `labels` (N,)
             int64 in 0..K-1. Empty for prediction.
@@ -66,6 +68,33 @@ class Batch:
     sizes: Sequence[tuple[int, int]]
     targets: Sequence[Mapping[str, Tensor]] = ()
     image_ids: Sequence[int] = ()
+
+    @classmethod
+    def from_images(
+        cls,
+        images: Sequence[Tensor],
+        targets: Sequence[Mapping[str, Tensor]] = (),
+        image_ids: Sequence[int] = (),
+    ) -> Batch:
+        """Images (3, h, w) of any sizes, padded together; boxes stay where they are.
+
+        Raises:
+            UserError: no image, none that is a tensor of that shape, or images of several types.
+        """
+        shapes = [tuple(getattr(image, "shape", ())) for image in images]
+        wrong = [
+            f"an image that is a {type(image).__name__} of shape {shape}"
+            for image, shape in zip(images, shapes, strict=True)
+            if not isinstance(image, Tensor) or len(shape) != 3 or shape[0] != 3 or 0 in shape
+        ]
+        if wrong or not shapes:
+            found = wrong[0] if wrong else "no image"
+            raise UserError(f"a batch was given {found}; expected tensors (3, h, w), RGB, 0..255")
+        kinds = list(dict.fromkeys(str(image.dtype) for image in images))
+        if len(kinds) > 1:
+            raise UserError(f"a batch was given images of {' and '.join(kinds)}; give one type")
+        sizes = [(int(height), int(width)) for _, height, width in shapes]
+        return cls(pad_images(images), sizes, targets, image_ids)
 
     def padded_targets(self) -> Targets:
         """The ground truth as one `Targets` record; `UserError` where its parts do not match."""
@@ -342,6 +371,17 @@ class Detections:
         """The same detections with boxes multiplied per axis."""
         factor = self.boxes_xyxy.new_tensor([scale_x, scale_y, scale_x, scale_y])
         return Detections(self.boxes_xyxy * factor, self.scores, self.labels)
+
+
+def pad_images(images: Sequence[Tensor]) -> Tensor:
+    """(3, h, w) each, of one type, to (B, 3, H, W), zeros at the right and the bottom."""
+    height, width = (
+        -(-max(image.shape[side] for image in images) // PADDED_TO) * PADDED_TO for side in (1, 2)
+    )
+    padded = images[0].new_zeros((len(images), 3, height, width))
+    for slot, image in zip(padded, images, strict=True):
+        slot[:, : image.shape[1], : image.shape[2]] = image
+    return padded
 
 
 def check_targets(targets: Targets, batch: Batch, num_classes: int) -> None:

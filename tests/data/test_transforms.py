@@ -147,15 +147,3 @@ def test_generators_depend_on_each_part_of_the_key():
     assert len(draws) == len(keys)
     again = torch.rand((), generator=transforms.sample_generator(0, 0, 0))
     assert float(again) in draws
-
-
-def test_padding_is_zero_at_right_and_bottom():
-    padded = transforms.pad_images(
-        [
-            torch.full((3, 33, 20), 7, dtype=torch.uint8),
-            torch.full((3, 10, 32), 9, dtype=torch.uint8),
-        ]
-    )
-    assert padded.shape == (2, 3, 64, 32) and padded.dtype == torch.uint8
-    assert (padded[0, :, :33, :20] == 7).all() and padded[0].sum() == 3 * 33 * 20 * 7
-    assert (padded[1, :, :10, :32] == 9).all() and padded[1].sum() == 3 * 10 * 32 * 9

@@ -236,6 +236,13 @@ def test_a_detector_that_does_not_know_its_options_is_not_saved(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("name", ["student.pt", "student", "student.json"])
+def test_a_name_that_would_not_load_again_is_refused(name, tmp_path):
+    with pytest.raises(UserError, match=r"saved as \.safetensors.*such as student\.safetensors"):
+        save_detector(narrow(), tmp_path / name)
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("name", R18)
 def test_saves_and_loads_with_nothing_beside(name, tmp_path):
     detector = narrow(name)

@@ -11,7 +11,7 @@ from torchvision.models.detection.backbone_utils import BackboneWithFPN
 from torchvision.models.detection.retinanet import RetinaNetHead
 from torchvision.ops.feature_pyramid_network import LastLevelP6P7
 
-from detdistill import PKD, Batch, CrossKD, Distiller, UserError, as_detector
+from detdistill import PKD, Batch, CrossKD, Detections, Distiller, UserError, as_detector
 from detdistill.detectors.stages import DenseHead
 from tests.helpers import make_batch, narrow
 
@@ -293,3 +293,23 @@ def test_other_models_are_refused(model):
         branch.conv = nn.Sequential(nn.Conv2d(64, 64, 3, padding=1), nn.SiLU())
     with pytest.raises(UserError, match="no convolutions with ReLU"):
         as_detector(other)
+
+
+@pytest.mark.parametrize("build", BUILD.values(), ids=BUILD)
+def test_a_view_stands_where_its_model_stands(build):
+    view = as_detector(build().to("meta"))
+    assert {tensor.device.type for tensor in view.buffers()} == {"meta"}
+    assert {tensor.device.type for tensor in view.parameters()} == {"meta"}
+
+
+def test_predict_follows_a_model_that_was_moved_beside_its_view(monkeypatch):
+    model = fcos()
+    view = as_detector(model)
+    model.to("meta")  # the buffers of the view stay behind
+    seen = []
+    monkeypatch.setattr(view, "forward", lambda batch: seen.append(batch.images.device.type))
+    monkeypatch.setattr(
+        view, "detect", lambda output, sizes, **_: [Detections(*[torch.zeros(0, 4)] * 3)]
+    )
+    view.predict([torch.zeros(3, 64, 64)])
+    assert seen == ["meta"]

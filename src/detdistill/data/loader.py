@@ -30,7 +30,7 @@ from detdistill.data import transforms
 from detdistill.data.dataset import DetectionDataset
 from detdistill.errors import UserError
 from detdistill.recipe import Recipe
-from detdistill.structures import Batch
+from detdistill.structures import Batch, pad_images
 
 AUTO_CACHE_BYTES = 2 * 1024**3
 """`cache: auto` holds the decoded images of a set in memory up to this, over all processes."""
@@ -180,7 +180,7 @@ class Samples(Dataset[Any]):
             boxes.append(image_boxes.numpy())
             labels.append(image_labels.numpy())
         return Packed(
-            transforms.pad_images(images).numpy(),
+            pad_images(images).numpy(),
             [(image.shape[1], image.shape[2]) for image in images],
             boxes,
             labels,

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import hashlib
-import math
 from dataclasses import dataclass
 
 import torch
@@ -15,9 +14,6 @@ from torchvision.transforms.v2 import functional as tvf
 
 from detdistill.boxes import keep_ratio_size
 from detdistill.recipe import Recipe
-
-DIVISOR = 32
-"""Batches are padded to a multiple of this, so that every stride divides them."""
 
 MIN_SIDE = 1.0
 """Pixels that a side of a cropped box must keep."""
@@ -182,14 +178,3 @@ def shift_color(image: Tensor, color: ColorShift) -> Tensor:
     image = tvf.adjust_contrast(image, color.contrast)
     shifted: Tensor = tvf.adjust_saturation(image, color.saturation)
     return shifted
-
-
-def pad_images(images: list[Tensor]) -> Tensor:
-    """List of (3, h, w) uint8 to (B, 3, H, W), zeros at the right and the bottom."""
-    height, width = (
-        math.ceil(max(image.shape[side] for image in images) / DIVISOR) * DIVISOR for side in (1, 2)
-    )
-    padded = images[0].new_zeros((len(images), 3, height, width))
-    for slot, image in zip(padded, images, strict=True):
-        slot[:, : image.shape[1], : image.shape[2]] = image
-    return padded

@@ -21,7 +21,7 @@ from detdistill.detectors.base import FPNDetector
 from detdistill.detectors.registry import BACKBONES, FAMILIES
 from detdistill.errors import UserError
 from detdistill.parts.backbones import CAFFE, HEAD_FORM, close_models, unknown_model
-from detdistill.registry import checked_keywords, nearest
+from detdistill.registry import checked_keywords, keywords_of, nearest
 
 GROUP_NORM = "_gn"
 
@@ -32,13 +32,19 @@ def list_detectors(pattern: str = "*") -> list[str]:
     Beside these, any timm backbone with maps at strides 8, 16 and 32 (two-stage: 4 too) joins by
     `create_detector("gfl", ..., backbone="mobilenetv3_large_100")`.
     """
-    names = [
-        f"{family}_{short}{norm}"
-        for family in FAMILIES.names()
-        for short in BACKBONES
-        for norm in ("", *getattr(FAMILIES.get(family), "suffixes", ()))
-    ]
+    names: list[str] = []
+    for family in FAMILIES.names():
+        if not _takes_backbone(family):
+            names.append(family)
+            continue
+        endings = ("", *getattr(FAMILIES.get(family), "suffixes", ()))
+        names += [f"{family}_{short}{norm}" for short in BACKBONES for norm in endings]
     return [name for name in names if fnmatch(name, pattern)]
+
+
+def _takes_backbone(family: str) -> bool:
+    """True of all families here; one that was registered from outside may bring its own."""
+    return "backbone" in keywords_of(FAMILIES.get(family))
 
 
 def create_detector(
@@ -48,7 +54,8 @@ def create_detector(
 
     Args:
         name: family and backbone, e.g. "gfl_r18" or "fcos_r50_caffe_gn" ("caffe": see `Backbone`;
-            "gn": `group_norm=True`); a family alone takes `backbone=`.
+            "gn": `group_norm=True`); a family alone takes `backbone=`, or none where its class,
+            registered from outside, has no such keyword.
         num_classes: K.
         backbone_weights: a file with ImageNet weights for the backbone, where `pretrained=True`
             cannot download them: timm's, torchvision's ResNets or OpenMMLab's.
@@ -59,12 +66,20 @@ def create_detector(
             the needed feature maps, a file that does not fit.
     """
     family, options = split_name(name, options)
-    keywords = checked_keywords(f"detector {family!r}", FAMILIES.get(family), options)
-    _check_backbone(keywords["backbone"])
-    if backbone_weights is not None and keywords["pretrained"]:
+    entry = FAMILIES.get(family)
+    keywords = checked_keywords(f"detector {family!r}", entry, options, given=["num_classes"])
+    if _takes_backbone(family):
+        _check_backbone(keywords["backbone"])
+    elif backbone_weights is not None:
+        raise UserError(f"detector {family!r} takes no backbone; leave backbone_weights out")
+    if backbone_weights is not None and keywords.get("pretrained"):
         raise UserError("pretrained=True and backbone_weights both fill the backbone; keep one")
-    detector = FAMILIES.get(family)(num_classes, **keywords)
-    assert isinstance(detector, FPNDetector)
+    detector = entry(num_classes, **keywords)
+    if not isinstance(detector, FPNDetector):
+        raise UserError(
+            f"the detector family {family!r} makes a {type(detector).__name__}, which is no "
+            f"FPNDetector; derive its class from FPNDetector or DenseDetector"
+        )
     detector.name, detector.options = name, keywords
     if backbone_weights is not None:
         load_backbone(detector.backbone, backbone_weights, keywords["backbone"])
@@ -90,6 +105,8 @@ def split_name(name: str, options: dict[str, Any]) -> tuple[str, dict[str, Any]]
     short = name[len(family) + 1 :]
     if not short:
         return family, options
+    if not _takes_backbone(family):
+        raise UserError(f"unknown detector {name!r}; {family!r} takes no backbone: leave it out")
     if short.endswith(GROUP_NORM):
         short, options = short.removesuffix(GROUP_NORM), {"group_norm": True, **options}
     if short not in BACKBONES and not timm.is_model(short):

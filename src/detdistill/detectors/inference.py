@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
@@ -12,7 +13,7 @@ from torchvision.ops import batched_nms
 from torchvision.transforms.v2 import functional as image_ops
 
 from detdistill.boxes import clip_xyxy, has_area, keep_ratio_size
-from detdistill.errors import UserError
+from detdistill.errors import UserError, UserNotice
 from detdistill.structures import Batch, DenseOutput, Detections, flatten_maps
 
 if TYPE_CHECKING:
@@ -20,8 +21,6 @@ if TYPE_CHECKING:
     from detdistill.detectors.dense import DenseDetector
 
 BEST_PER_LEVEL = 1000
-PADDED_TO = 32
-"""Images are padded to a multiple of this many pixels, so that the strides divide them."""
 
 
 @contextmanager
@@ -88,15 +87,21 @@ def predict_image(
             f"predict found an image that is a {type(image).__name__} of shape {shape}; expected "
             f"tensors (3, h, w), RGB, in a list or as (B, 3, h, w)"
         )
+    if image.is_floating_point() and 0 < image.max() <= 1:
+        warnings.warn(
+            "predict found a float image without a value above 1; images are 0..255, so multiply "
+            "one of 0..1 by 255",
+            UserNotice,
+            stacklevel=2,
+        )
     height, width = int(image.shape[-2]), int(image.shape[-1])
     size = (height, width)
     if detector.input_size is not None:
         size = keep_ratio_size(size, *detector.input_size)
         image = image_ops.resize(image, list(size), antialias=True)
-    pad = [-side % PADDED_TO for side in size]
-    padded = nn.functional.pad(image, (0, pad[1], 0, pad[0]))[None].to(detector.pixel_mean.device)
+    batch = Batch.from_images([image]).to(next(detector.parameters()).device)
     [found] = detector.detect(
-        detector(Batch(padded, [size])),
+        detector(batch),
         [size],
         score_threshold=score_threshold,
         max_detections=max_detections,

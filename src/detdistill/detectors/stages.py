@@ -12,6 +12,10 @@ A two-stage detector's `head` is its RPN; `assign` and `detect` begin with
 A distillation method never reaches inside. It reads records, and it may call a stage of either
 model again: CrossKD sends the student's tower maps through the teacher's `head_from`, HEAD the
 student's proposals through the teacher's `roi`.
+
+All that the `Distiller` and most methods read of a detector stands in `Detector` and `DenseHead`;
+a class that derives from `FPNDetector` or `DenseDetector` has it. HEAD, TF-HEAD and `crosskd_roi`
+copy heads or read inside them: they take a `DenseDetector` or a `TwoStageDetector` only.
 """
 
 from __future__ import annotations
@@ -21,6 +25,8 @@ from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor
 
+from detdistill.parts.anchors import AnchorGrid, PointGrid
+from detdistill.parts.losses import Reduce
 from detdistill.structures import (
     Assignment,
     Batch,
@@ -40,20 +46,46 @@ class Detector(Protocol):
 
     Attributes:
         name: registry name, e.g. "gfl_r18".
+        family: key of published settings, e.g. "gfl".
+        options: the keywords it was built with, which are saved with it.
         num_classes: K.
+        classes: their names in the order of the labels; None where they are not known.
+        input_size: (short, long) in pixels that `predict` resizes to; None: as the image is.
         strides: of the pyramid levels.
+        loss_weights: factor of each term of `loss`, by its name without "task/".
         pixel_mean, pixel_std: on the 0..255 scale, RGB; they travel with the weights.
     """
 
     name: str
+    family: str
+    options: dict[str, Any]
     num_classes: int
+    classes: list[str] | None
+    input_size: tuple[int, int] | None
     strides: tuple[int, ...]
+    loss_weights: Mapping[str, float]
+    pixel_mean: Tensor
+    pixel_std: Tensor
+
+    @property
+    def pyramid_channels(self) -> int:
+        """C of every pyramid level."""
+
+    @property
+    def assignment_key(self) -> tuple[object, ...]:
+        """Equal for detectors whose `assign` gives equal results on equal pyramids."""
 
     def normalize(self, batch: Batch) -> Tensor:
         """Images (B, 3, H, W) in the model's own channel order; padding is 0 afterwards."""
 
     def pyramid(self, images: Tensor) -> Pyramid:
         """Normalised images to feature maps."""
+
+    def head(self, pyramid: Pyramid, *, keep_pre_activation: bool = False) -> DenseOutput:
+        """What is predicted at every location of the pyramid."""
+
+    def assign(self, output: DenseOutput, targets: Targets) -> Assignment | TwoStageAssignment:
+        """Who learns what; called once per batch and shared."""
 
     def loss(
         self, output: DenseOutput, targets: Targets, assignment: Any = None
@@ -66,20 +98,20 @@ class Detector(Protocol):
 
 @runtime_checkable
 class DenseHead(Protocol):
-    """A head that predicts at every location: RetinaNet, GFL and their kin.
+    """A head that predicts at every location: RetinaNet, GFL and their kin; beside `Detector`.
 
     Attributes:
-        family: key of published settings, e.g. "gfl".
-        box_coding: "deltas" on anchors, "distances" or a "distribution" of them, or "points".
-        assignment_key: equal for heads whose `assign` gives equal results on equal pyramids.
+        box_coding: "deltas" on anchors, "distances" or a "distribution" of them, or "points"; a
+            distribution has `reg_max`, its number of bins less one, too.
+        quality_tower: the branch that a quality branch (centerness) sits on; None without one.
+        grid: the anchors or points: `per_location` is A, `key` is equal where they are.
+        reduce: whether normalisers are averaged over processes ("global") or not ("local").
     """
 
-    family: str
     box_coding: str
-
-    @property
-    def assignment_key(self) -> tuple[object, ...]:
-        """Equal for heads whose `assign` gives equal results on equal pyramids."""
+    quality_tower: str | None
+    grid: AnchorGrid | PointGrid
+    reduce: Reduce
 
     @property
     def tower_depth(self) -> int:
@@ -103,6 +135,9 @@ class DenseHead(Protocol):
 
     def decode(self, boxes: Tensor, anchors: Tensor) -> Tensor:
         """Flat encodings (B, P, D) on anchors (P, 4) to boxes (B, P, 4), pixels of the batch."""
+
+    def flat_anchors(self, anchors: Sequence[Tensor]) -> Tensor:
+        """The anchors of all levels as (P, 4)."""
 
     def assign(self, output: DenseOutput, targets: Targets) -> Assignment:
         """Who learns what; call it once per batch and share it."""
@@ -130,3 +165,19 @@ class RoIStages(Protocol):
 
     def roi(self, pyramid: Pyramid, proposals: Proposals, stage: int = 0) -> RoIOutput:
         """What an RoI head says of any boxes on any pyramid of its width."""
+
+
+def lacking(model: object, *contracts: type) -> list[str]:
+    """The members of these protocols that an object does not have, in their order."""
+    wanted = [
+        name
+        for contract in contracts
+        for name in (*contract.__annotations__, *vars(contract))
+        if not name.startswith("_")
+    ]
+    # The class first: a property of a detector may be meant to be overridden, and raise.
+    return [
+        name
+        for name in dict.fromkeys(wanted)
+        if not hasattr(type(model), name) and not hasattr(model, name)
+    ]

@@ -53,7 +53,11 @@ class TorchvisionView(FPNDetector):
         transform = model.transform
         fixed = transform.fixed_size is not None
         self.input_size = None if fixed else (transform.min_size[-1], transform.max_size)
-        mean, std = (torch.tensor(v) * 255 for v in (transform.image_mean, transform.image_std))
+        device = next(model.parameters()).device
+        mean, std = (
+            torch.tensor(values, device=device) * 255
+            for values in (transform.image_mean, transform.image_std)
+        )
         self.register_buffer("pixel_mean", mean, persistent=False)
         self.register_buffer("pixel_std", std, persistent=False)
         self.strides, self.level_names = _levels(model.backbone)

@@ -36,9 +36,11 @@ from detdistill.detectors.torchvision_models import (
 from detdistill.detectors.view_base import TorchvisionView
 from detdistill.errors import UserError, UserNotice
 from detdistill.recipe import Options, Pixels
+from detdistill.registry import keywords_of
 from detdistill.writing import written
 
 FORMAT = 1
+SUFFIX = ".safetensors"
 YOLO_TENSOR = re.compile(r"(model\.)+\d+\.")
 
 
@@ -74,13 +76,19 @@ def save_detector(
     Both files appear whole or not at all; the weights come last, so that a pair is complete.
 
     Raises:
-        UserError: a detector that was built from its class and does not know its options.
+        UserError: a name with another ending, which nothing would load again; a detector that was
+            built from its class and does not know its options.
     """
     path = Path(path)
+    if path.suffix != SUFFIX:
+        raise UserError(
+            f"{path}: a detector is saved as {SUFFIX}; give a name that ends so, such as "
+            f"{path.with_suffix(SUFFIX).name}"
+        )
     module, options = detector, detector.options
     if isinstance(detector, TorchvisionView):  # the user's model, under the names that it knows
         module, options = detector.model, settings_of(detector)
-    elif not options:
+    elif not options and keywords_of(type(detector)).keys() - {"num_classes"}:
         raise UserError(
             f"{detector.name} was built from its class, so its options are not known; build it "
             f"with create_detector to save it"
@@ -129,7 +137,7 @@ def load_detector(
     file = _weights_file(Path(name if path is None else path))
     wanted = None if path is None else str(name)
     facts_file = file.with_suffix(".json")
-    if file.suffix == ".safetensors" and facts_file.exists():
+    if file.suffix == SUFFIX and facts_file.exists():
         return _load_own(file, _read_facts(facts_file), wanted, strict, options)
     if file.suffix == ".ckpt":
         raise UserError(
@@ -219,7 +227,10 @@ def _load_own(
         if not {"min_size", "max_size"} & options.keys():
             view.input_size = facts.input_size
         return view
-    given = {**facts.options, "pretrained": False, **options}
+    given = dict(facts.options)
+    if "pretrained" in given:  # the file has the weights; an own family may know no such option
+        given["pretrained"] = False
+    given |= options
     try:
         detector = create_detector(facts.detector, facts.num_classes, **given)
     except UserError as error:

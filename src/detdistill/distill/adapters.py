@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from detdistill.detectors.base import FPNDetector
 from detdistill.detectors.dense import DenseDetector
-from detdistill.detectors.stages import DenseHead
+from detdistill.detectors.files import few
+from detdistill.detectors.stages import DenseHead, Detector, RoIStages, lacking
 from detdistill.errors import UserError
 
 EPSILON = 1e-6
@@ -50,17 +51,32 @@ def match_levels(
 
 
 def require_dense(model: FPNDetector | None, method: str, role: str) -> DenseDetector:
-    """The model as the dense detector that a method needs as its `role`; `UserError` if it is none.
+    """The model as the dense detector that a method needs as its `role`.
 
     A view of another framework's detector counts by the stages it shows, not by its class.
+
+    Raises:
+        UserError: it is none, or lacks a part of the contract (see `detectors.stages`).
     """
-    if not isinstance(model, DenseHead):
-        name = getattr(model, "name", model)
+    absent = lacking(model, Detector, DenseHead)
+    if isinstance(model, RoIStages):
         raise UserError(
-            f"{method} needs a dense {role}; {name} has no dense head: for RoI heads "
+            f"{method} needs a dense {role}; {called(model)} has no dense head: for RoI heads "
             f"there are crosskd_roi (alike) and head (unlike), for any pyramid pkd"
         )
+    if absent:
+        raise UserError(
+            f"{method} needs a dense {role}; {called(model)} lacks {few(absent)} of "
+            f"detectors.stages.DenseHead: derive it from DenseDetector, or show a model of "
+            f"torchvision with as_detector"
+        )
     return cast(DenseDetector, model)
+
+
+def called(model: object) -> str:
+    """A detector's name; of anything else its class."""
+    name = getattr(model, "name", None)
+    return name if isinstance(name, str) else type(model).__name__
 
 
 def check_same_classes(student: FPNDetector, teacher: FPNDetector, method: str) -> None:

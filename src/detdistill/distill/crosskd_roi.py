@@ -18,7 +18,7 @@ from torch import Tensor
 from detdistill.detectors.base import FPNDetector
 from detdistill.detectors.roi_head import RoIHead
 from detdistill.detectors.two_stage import TwoStageDetector
-from detdistill.distill.adapters import channel_adapter, check_same_classes, match_levels
+from detdistill.distill.adapters import called, channel_adapter, check_same_classes, match_levels
 from detdistill.distill.method import METHODS, Method, Step
 from detdistill.errors import UserError
 from detdistill.registry import check_positive
@@ -58,10 +58,10 @@ class CrossKDRoI(Method):
         """Checks that both have one RoI head, and builds the adapter where widths differ."""
         for role, model in (("student", student), ("teacher", teacher)):
             if not isinstance(model, TwoStageDetector) or len(model.roi_heads) != 1:
-                name = getattr(model, "name", model)
                 raise UserError(
-                    f"crosskd_roi needs a {role} with one RoI head, such as faster_rcnn; {name} "
-                    f"has none or several: use crosskd for dense heads, head for unlike ones"
+                    f"crosskd_roi needs a {role} with one RoI head, such as faster_rcnn; "
+                    f"{called(model)} has none or several: use crosskd for dense heads, head for "
+                    f"unlike ones"
                 )
         assert teacher is not None
         check_same_classes(student, teacher, "crosskd_roi")

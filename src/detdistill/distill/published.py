@@ -8,6 +8,7 @@ from typing import Literal
 
 from detdistill.detectors.dense import DenseDetector
 from detdistill.errors import UserError
+from detdistill.registry import check_choice
 
 BoxLoss = Literal["kl", "giou", "iou"]
 Divisor = Literal["positives", "quality"]
@@ -58,8 +59,15 @@ OTHER_PKD_WEIGHT = 2.0  # our choice for families without a published value, as 
 
 
 def published_for(teacher: DenseDetector) -> Published:
-    """Settings of the teacher's family, or of the one with its box encoding."""
-    return PUBLISHED[teacher.family if teacher.family in PUBLISHED else LIKE[teacher.box_coding]]
+    """Settings of the teacher's family, or of the one with its box encoding.
+
+    Raises:
+        UserError: for an encoding of neither.
+    """
+    if teacher.family in PUBLISHED:
+        return PUBLISHED[teacher.family]
+    check_choice(f"{teacher.name}: box_coding", teacher.box_coding, LIKE)
+    return PUBLISHED[LIKE[teacher.box_coding]]
 
 
 def settle(

@@ -12,12 +12,12 @@ from torch import Tensor
 
 from detdistill.boxes import area, keep_ratio_size
 from detdistill.data import DetectionDataset
-from detdistill.data.transforms import DIVISOR, eval_size
+from detdistill.data.transforms import eval_size
 from detdistill.detectors import FPNDetector
 from detdistill.detectors.two_stage import TwoStageDetector
 from detdistill.doctor.finding import Finding, Level
 from detdistill.recipe import Recipe
-from detdistill.structures import Assignment, Batch
+from detdistill.structures import PADDED_TO, Assignment, Batch
 
 FEW_SMALL = 0.05
 """Share of boxes below the finest stride that is usual in good data sets."""
@@ -121,7 +121,7 @@ def enlarge(sides: Tensor, least: float, recipe: Recipe) -> str:
     """The size at which 95 % of the boxes are at least so many pixels, as settings; or tiles."""
     short, long = eval_size(recipe)
     factor = max(AMPLE, least / float(sides.quantile(0.05)))
-    wanted = math.ceil(short * factor / DIVISOR) * DIVISOR
+    wanted = math.ceil(short * factor / PADDED_TO) * PADDED_TO
     if wanted > LARGEST:
         return (
             "cut the images into tiles: enlarged until these boxes can be found they would "

@@ -9,11 +9,11 @@ from typing import Literal, get_args
 import torch
 
 from detdistill.detectors import DenseDetector, FPNDetector
-from detdistill.detectors.inference import PADDED_TO
 from detdistill.detectors.registry import FAMILIES
 from detdistill.detectors.view_base import TorchvisionView
 from detdistill.errors import UserError
 from detdistill.parts.heads import PointConv
+from detdistill.structures import PADDED_TO
 
 InputType = Literal["uint8", "float32"]
 PACKAGES = ("onnx", "onnxscript", "onnxruntime")

@@ -8,7 +8,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from detdistill.structures import Pyramid
+from detdistill.structures import PADDED_TO, Pyramid
 
 
 class AnchorGrid:
@@ -94,12 +94,14 @@ def _level_anchors(
 
 
 def cells_on_image(pyramid: Pyramid, sizes: Sequence[tuple[int, int]], per_location: int) -> Tensor:
-    """(B, P) bool: False for anchors of cells beyond the image padded to a multiple of 32.
+    """(B, P) bool: False for anchors of cells beyond the image padded to `PADDED_TO`.
 
     The published heads give such cells no label and no distillation.
     """
     device = pyramid[0].device
-    padded = torch.tensor([[-(-side // 32) * 32 for side in size] for size in sizes], device=device)
+    padded = torch.tensor(
+        [[-(-side // PADDED_TO) * PADDED_TO for side in size] for size in sizes], device=device
+    )
     levels = []
     for level, stride in zip(pyramid, pyramid.strides, strict=True):
         rows, columns = (
