@@ -68,6 +68,7 @@ LIBRARY = [
     "boxes.py",
     "structures.py",
     "distill/adapters.py",
+    "distill/inputs.py",
     "distill/schedule.py",
     "engine/distributed.py",
     "engine/log.py",

@@ -382,22 +382,3 @@ def pad_images(images: Sequence[Tensor]) -> Tensor:
     for slot, image in zip(padded, images, strict=True):
         slot[:, : image.shape[1], : image.shape[2]] = image
     return padded
-
-
-def check_targets(targets: Targets, batch: Batch, num_classes: int) -> None:
-    """`UserError` where a batch has labels outside 0..K-1 or boxes that are none."""
-    count = sum(len(target["labels"]) for target in batch.targets)
-    corners = targets.boxes
-    real = corners.isfinite().all(-1) & (corners[..., 2:] > corners[..., :2]).all(-1)
-    wrong = targets.present & ~real
-    found = (targets.labels.max(), targets.present.sum(), wrong.any())
-    highest, known, any_wrong = torch.stack(found).tolist()  # one wait for the device
-    if highest >= num_classes or known < count:
-        which = f"label {highest}" if highest >= num_classes else "a label below 0"
-        raise UserError(f"the batch holds {which}; the student has classes 0 to {num_classes - 1}")
-    if any_wrong:
-        image, slot = wrong.nonzero()[0].tolist()
-        raise UserError(
-            f"target {image} of the batch holds the box {corners[image, slot].tolist()}; expected "
-            f"finite x1, y1, x2, y2 in pixels, with x1 < x2 and y1 < y2"
-        )

@@ -9,7 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from detdistill.detectors.base import FPNDetector
-from detdistill.distill.inputs import check_kinds, check_method, check_trainable, check_weights
+from detdistill.distill.inputs import (
+    check_kinds,
+    check_method,
+    check_targets,
+    check_trainable,
+    check_weights,
+)
 from detdistill.distill.method import Method, Step
 from detdistill.distill.schedule import silent
 from detdistill.structures import (
@@ -19,7 +25,6 @@ from detdistill.structures import (
     Predictions,
     Targets,
     TwoStageAssignment,
-    check_targets,
 )
 
 

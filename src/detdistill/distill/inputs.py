@@ -5,10 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
+import torch
 from torch import nn
 
 from detdistill.distill.method import Method
 from detdistill.errors import UserError
+from detdistill.structures import Batch, Targets
 
 
 def check_kinds(student: object, teacher: object, methods: object) -> None:
@@ -57,4 +59,23 @@ def check_trainable(student: nn.Module) -> None:
         raise UserError(
             "no parameter of the student is trainable, as after it was a teacher; call "
             "student.requires_grad_(True), or load it anew"
+        )
+
+
+def check_targets(targets: Targets, batch: Batch, num_classes: int) -> None:
+    """`UserError` where a batch has labels outside 0..K-1 or boxes that are none."""
+    count = sum(len(target["labels"]) for target in batch.targets)
+    corners = targets.boxes
+    real = corners.isfinite().all(-1) & (corners[..., 2:] > corners[..., :2]).all(-1)
+    wrong = targets.present & ~real
+    found = (targets.labels.max(), targets.present.sum(), wrong.any())
+    highest, known, any_wrong = torch.stack(found).tolist()  # one wait for the device
+    if highest >= num_classes or known < count:
+        which = f"label {highest}" if highest >= num_classes else "a label below 0"
+        raise UserError(f"the batch holds {which}; the student has classes 0 to {num_classes - 1}")
+    if any_wrong:
+        image, slot = wrong.nonzero()[0].tolist()
+        raise UserError(
+            f"target {image} of the batch holds the box {corners[image, slot].tolist()}; expected "
+            f"finite x1, y1, x2, y2 in pixels, with x1 < x2 and y1 < y2"
         )
