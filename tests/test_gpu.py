@@ -5,13 +5,13 @@ import json
 import pytest
 import torch
 
-from detdistill import Distiller, create_method, list_methods, load_detector
+from detdistill import Distiller, create_method, load_detector
 from detdistill.cli import main
 from detdistill.data import generate_dataset
 from detdistill.engine.train import train
 from detdistill.export import export_onnx
 from detdistill.recipe import Recipe
-from tests.distill.test_every_method import FAMILY_NAMES, fitting_distiller, two_images
+from tests.distill.test_every_method import FITTING, fitting_distiller, two_images
 from tests.helpers import DENSE_R18, FAMILIES_R18, make_batch, narrow
 
 DEVICE = "cuda"
@@ -91,8 +91,7 @@ def test_half_precision_trains(name, precision):
 
 
 @pytest.mark.parametrize("precision", [None, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("family", FAMILY_NAMES)
-@pytest.mark.parametrize("method", list_methods())
+@pytest.mark.parametrize(("method", "family"), FITTING)
 def test_every_method_trains(method, family, precision):
     distiller = fitting_distiller(method, f"{family}_r18").to(DEVICE)
     optimizer = torch.optim.SGD(distiller.parameters(), lr=0.001)

@@ -124,3 +124,12 @@ def test_an_arm_that_is_no_name_or_has_no_method_is_refused(arm):
     methods = {} if arm == "empty" else {"crosskd": {}}
     with pytest.raises(UserError, match="needs another name"):
         validate_recipe({"arms": {arm: methods}}, "mine.yaml")
+
+
+def test_a_text_names_each_method_once() -> None:
+    recipe = validate_recipe({"methods": {"pkd": {"weight": 3}}}, "mine.yaml")
+    assert recipe.methods_of("crosskd+pkd") == {"crosskd": {}, "pkd": {"weight": 3}}
+    with pytest.raises(
+        UserError, match=r"^pkd\+crosskd\+pkd names pkd more than once: name it once"
+    ):
+        recipe.methods_of("pkd+crosskd+pkd")

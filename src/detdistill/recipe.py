@@ -150,10 +150,22 @@ class Recipe(BaseModel):
         return self
 
     def methods_of(self, arm: str) -> dict[str, Options]:
-        """Methods of an arm by its name in `arms`, or of "crosskd+pkd" with their options here."""
+        """Methods of an arm by its name in `arms`, or of "crosskd+pkd" with their options here.
+
+        Raises:
+            UserError: when such a text names a method more than once.
+        """
         if arm in self.arms:
             return self.arms[arm]
-        return {name: self.methods.get(name, {}) for name in arm.split("+")}
+        return {name: self.methods.get(name, {}) for name in named_once(arm.split("+"))}
+
+
+def named_once(methods: list[str]) -> list[str]:
+    """The same names; refuses one that occurs again, as its second copy would teach nothing."""
+    for name in methods:
+        if methods.count(name) > 1:
+            raise UserError(f"{'+'.join(methods)} names {name} more than once: name it once")
+    return methods
 
 
 def validate_recipe(

@@ -70,6 +70,7 @@ def refused(run: Run, arguments: list[str], *fragments: str) -> str:
         (DISTILL, ["teacher.safetensors", "no such run folder or weights file"]),
         ([*DISTILL, "--method", "croskd"], ["'croskd'", "'crosskd'"]),
         ([*DISTILL, "--method", "crosskd+fgd"], ["'fgd'"]),
+        ([*DISTILL, "--method", "pkd + pkd"], ["pkd+pkd names pkd more than once"]),
         ([*DISTILL, "--teacher", "gfl_r50"], ["detdistill train --detector gfl_r50"]),
         ([*COMPARE, "--out", "my_coco/annotations/val.json/run"], ["val.json is a file"]),
         (["demo", "--quick", "--out", "my_coco/annotations/val.json"], ["val.json is a file"]),
@@ -82,6 +83,7 @@ def refused(run: Run, arguments: list[str], *fragments: str) -> str:
         ([*COMPARE, "--seeds", "0,x"], ["--seeds 0,x"]),
         ([*COMPARE, "--seeds", "1,1"], ["--seeds 1,1"]),
         ([*COMPARE, "--methods", "croskd"], ["'croskd'", "'crosskd'"]),
+        ([*COMPARE, "--methods", "pfi,pkd+rm+pkd"], ["pkd+rm+pkd names pkd more than once"]),
         ([*COMPARE, "--teacher", "gone.pth"], ["gone.pth"]),
         (
             [*COMPARE, "--teacher", "my_coco/annotations/val.json", "--teacher-epochs", "3"],
@@ -117,6 +119,7 @@ def refused(run: Run, arguments: list[str], *fragments: str) -> str:
         ([*DOCTOR, "--student", "glf_r18"], ["'glf_r18'", "'gfl_r18'"]),
         ([*DOCTOR, "--teacher", "gone.pth"], ["--teacher gone.pth", "no such"]),
         ([*DOCTOR, "--method", "croskd"], ["'croskd'", "'crosskd'"]),
+        ([*DOCTOR, "--method", "pkd+pkd"], ["pkd+pkd names pkd more than once"]),
         ([*DOCTOR, "--set", "methods.crosskd.dept=1"], ["'dept'", "'depth'"]),
         ([*DOCTOR, "--set", "precision=fp16", "--set", "accelerator=cpu"], ["fp16"]),
         ([*DOCTOR, "--json", "my_coco/annotations/val.json"], ["--json", "already exists"]),

@@ -134,27 +134,40 @@ def assert_gradients(detector, norms):
 
 
 def assert_sampled(key, tensors, wanted):
+    """A file without statistics of the whole tensor has the deviation of the sample instead."""
     for level, tensor in enumerate(tensors):
         flat = tensor.flatten(1, 2) if tensor.dim() == 5 else tensor
-        error = np.abs(synthetic.sample(flat) - wanted[f"{key}{level}"]).max()
-        assert error <= 1e-3 * wanted[f"{key}{level}.stat"][1], (key, level)
+        published = wanted[f"{key}{level}"]
+        error = np.abs(synthetic.sample(flat) - published).max()
+        deviation = wanted.get(f"{key}{level}.stat", (None, published.std()))[1]
+        assert error <= 1e-3 * deviation, (key, level)
 
 
-@pytest.mark.parametrize("name", [*DETECTORS, *RANDOM_TRAINING, *TWO_STAGE], scope="module")
-def test_outputs_and_detections(load, name):
-    detector, wanted = load(name, None, name).eval(), samples(name)
+def assert_outputs(detector, wanted, logits="logits", boxes="boxes"):
+    """Pyramid, dense predictions under the file's names for them, and detections."""
     with torch.no_grad():
-        output = run(detector)
+        output = run(detector.eval())
     assert_sampled("fpn", output.pyramid, wanted)
-    logits, boxes = ("rpn_logits", "rpn_deltas") if name in TWO_STAGE else ("logits", "boxes")
     assert_sampled(logits, output.predictions.logits, wanted)
     assert_sampled(boxes, output.predictions.boxes, wanted)
     assert_sampled("centerness", output.predictions.quality or [], wanted)
     for i, found in enumerate(detector.detect(output, synthetic.SIZES_HW)):
         assert len(found) == len(wanted[f"det{i}.scores"])
         np.testing.assert_allclose(found.scores, wanted[f"det{i}.scores"], atol=1e-4)
-        np.testing.assert_allclose(found.boxes_xyxy, wanted[f"det{i}.boxes"], atol=0.05)
-        np.testing.assert_array_equal(found.labels, wanted[f"det{i}.labels"])
+        # By place: scores that are equal but for rounding may change theirs in the list.
+        own = np.column_stack((found.labels, found.scores, found.boxes_xyxy))
+        keys = (f"det{i}.{part}" for part in ("labels", "scores", "boxes"))
+        published = np.column_stack([wanted[key] for key in keys])
+        gaps = np.abs(own[:, None] - published) / [0.5, 1e-4, *[0.05] * 4]
+        nearest = gaps.max(-1).argmin(0)
+        assert len(set(nearest)) == len(published)
+        assert gaps[nearest, np.arange(len(published))].max() <= 1
+
+
+@pytest.mark.parametrize("name", [*DETECTORS, *RANDOM_TRAINING, *TWO_STAGE], scope="module")
+def test_outputs_and_detections(load, name):
+    keys = ("rpn_logits", "rpn_deltas") if name in TWO_STAGE else ("logits", "boxes")
+    assert_outputs(load(name, None, name), samples(name), *keys)
 
 
 @pytest.mark.parametrize("name", [*DETECTORS, *RANDOM_TRAINING, *TWO_STAGE], scope="module")
@@ -211,6 +224,11 @@ def distiller_of(load, monkeypatch, name, **options):
     if "_pkd_" in name:
         methods["pkd"] = PKD()
     return Distiller(student, teacher, methods).train()
+
+
+@pytest.mark.parametrize("name", PAIRS, scope="module")
+def test_outputs_and_detections_of_students(load, name):
+    assert_outputs(load(name, "student", PAIRS[name][0]), samples(name))
 
 
 @pytest.mark.parametrize("case", CASES)

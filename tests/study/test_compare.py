@@ -235,6 +235,7 @@ def test_a_folder_with_something_else_is_refused(recipe, world, tmp_path, monkey
     ("change", "message"),
     [
         ({"methods": ["croskd"]}, "did you mean 'crosskd'"),
+        ({"methods": ["crosskd", "pkd+pkd"]}, r"^pkd\+pkd names pkd more than once"),
         ({"methods": []}, "nothing to compare"),
         ({"seeds": []}, "nothing to compare"),
         ({"seeds": [-1]}, "from 0 on"),

@@ -168,8 +168,9 @@ def take_teacher(methods: Mapping[str, Mapping[str, Any]]) -> bool:
 def parse_methods(text: str, configured: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """`crosskd+pkd` to methods with the options that a recipe has for them."""
     from detdistill.distill import METHODS
+    from detdistill.recipe import named_once
 
     names = [name.strip() for name in text.split("+")]
     for name in names:
         METHODS.get(name)  # answers an unknown name with the nearest
-    return {name: dict(configured.get(name) or {}) for name in names}
+    return {name: dict(configured.get(name) or {}) for name in named_once(names)}
