@@ -66,4 +66,4 @@ def test_a_model_is_called_by_its_class():
     ):
         student = narrow("faster_rcnn_r18") if method == "crosskd_roi" else narrow()
         with pytest.raises(UserError, match=sentence):
-            Distiller(student, model, {method: create_method(method)})
+            create_method(method).prepare(student, model)
