@@ -104,12 +104,6 @@ class Batch:
                 "the batch has {} images, {} sizes and {} targets; give one of each per "
                 "image".format(*counts)
             )
-        height, width = self.images.shape[-2:]
-        if any(h > height or w > width for h, w in self.sizes):
-            raise UserError(
-                f"the batch has images of {height} x {width} pixels and sizes {list(self.sizes)}; "
-                f"expected (h, w) of each image before padding"
-            )
         # At least one slot, so that assignment needs no branch for batches without boxes.
         most = max((len(target["boxes"]) for target in self.targets), default=0) or 1
         boxes = self.images.new_zeros((len(self.sizes), most, 4), dtype=torch.float32)

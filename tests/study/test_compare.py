@@ -367,9 +367,9 @@ def test_a_control_that_lacks_less_than_half_an_epoch_is_not_trained_again(recip
 def test_a_slower_method_moves_the_same_time_control(recipe, world, tmp_path):
     out = tmp_path / "study"
     run_study(recipe, out, seeds=[0])
-    world.seconds["crosskd+crosskd"] = 200
-    world.skills["crosskd+crosskd"] = 0.7
-    arms = run_study(recipe, out, seeds=[0], methods=["crosskd", "crosskd+crosskd"])
+    world.seconds["crosskd+pkd"] = 200
+    world.skills["crosskd+pkd"] = 0.7
+    arms = run_study(recipe, out, seeds=[0], methods=["crosskd", "crosskd+pkd"])
     assert arms[-1].runs[0].epochs == 16
     assert (out / "runs/student_same_time/seed0_12_epochs/test.json").exists()
     # Leaving the slow one out again keeps the longer control.

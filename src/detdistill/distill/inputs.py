@@ -63,7 +63,13 @@ def check_trainable(student: nn.Module) -> None:
 
 
 def check_targets(targets: Targets, batch: Batch, num_classes: int) -> None:
-    """`UserError` where a batch has labels outside 0..K-1 or boxes that are none."""
+    """`UserError` for sizes beyond the batch, labels outside 0..K-1, boxes that are none."""
+    height, width = batch.images.shape[-2:]
+    if any(h > height or w > width for h, w in batch.sizes):
+        raise UserError(
+            f"the batch has images of {height} x {width} pixels and sizes {list(batch.sizes)}; "
+            f"expected (h, w) of each image before padding"
+        )
     count = sum(len(target["labels"]) for target in batch.targets)
     corners = targets.boxes
     real = corners.isfinite().all(-1) & (corners[..., 2:] > corners[..., :2]).all(-1)
