@@ -8,6 +8,7 @@ from collections.abc import Mapping
 import torch
 from torch import nn
 
+from detdistill.boxes import has_area
 from detdistill.distill.method import Method
 from detdistill.errors import UserError
 from detdistill.structures import Batch, Targets
@@ -72,8 +73,7 @@ def check_targets(targets: Targets, batch: Batch, num_classes: int) -> None:
         )
     count = sum(len(target["labels"]) for target in batch.targets)
     corners = targets.boxes
-    real = corners.isfinite().all(-1) & (corners[..., 2:] > corners[..., :2]).all(-1)
-    wrong = targets.present & ~real
+    wrong = targets.present & ~(corners.isfinite().all(-1) & has_area(corners))
     found = (targets.labels.max(), targets.present.sum(), wrong.any())
     highest, known, any_wrong = torch.stack(found).tolist()  # one wait for the device
     if highest >= num_classes or known < count:
