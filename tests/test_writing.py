@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import errno
+import io
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import pytest
 import torch
@@ -69,3 +70,23 @@ def test_a_checkpoint_on_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(checkpoint, "written", full)
     with pytest.raises(UserError, match=r"^No space left on device; make room"), disk_faults_told():
         checkpoint.save_checkpoint(tmp_path / "last.ckpt", {"weights": torch.zeros(99999)})
+
+
+def test_a_checkpoint_interrupted_is_an_interruption(tmp_path: Path) -> None:
+    class Interrupted(io.BytesIO):
+        writes = 0
+
+        def write(self, data: Any) -> int:
+            self.writes += 1
+            if self.writes == 5:
+                raise KeyboardInterrupt
+            return super().write(data)
+
+    @contextmanager
+    def interrupted(path: Path) -> Iterator[BinaryIO]:
+        yield Interrupted()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(checkpoint, "written", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            checkpoint.save_checkpoint(tmp_path / "last.ckpt", {"weights": torch.zeros(99999)})

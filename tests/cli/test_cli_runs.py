@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import shutil
+import signal
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -307,6 +308,21 @@ def test_interruption_tells_how_to_go_on(
     assert answer in err
     assert err.rstrip().endswith("--resume")
     assert err.count("--resume") == 1
+
+
+def test_termination_tells_how_to_go_on(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    def terminated(*_: object) -> None:
+        signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(training, "_run", terminated)
+    before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    try:
+        code, _, err = run(*TRAIN)
+        assert signal.getsignal(signal.SIGTERM) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert code == 130
+    assert "this goes on from the last checkpoint" in err
 
 
 def test_demo_writes_data_and_report(run: Run) -> None:

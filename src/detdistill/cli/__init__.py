@@ -8,7 +8,9 @@ from __future__ import annotations
 import io
 import re
 import shlex
+import signal
 import sys
+import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -26,7 +28,7 @@ _UsageError: Any = typer.BadParameter.__mro__[1]
 
 
 class _Commands(TyperGroup):
-    """Turns bad input into one sentence and Ctrl+C into a way to go on."""
+    """Turns bad input into one sentence, Ctrl+C and SIGTERM into a way to go on."""
 
     def make_context(self, *args: Any, **options: Any) -> Any:
         """Reads what stands before the command; exit code 2 for bad input."""
@@ -146,4 +148,18 @@ def main(argv: list[str] | None = None) -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # tables hold ± and Δ
-    app(args=arguments, prog_name="detdistill", obj=arguments)
+    with _termination_as_interruption():
+        app(args=arguments, prog_name="detdistill", obj=arguments)
+
+
+@contextmanager
+def _termination_as_interruption() -> Iterator[None]:
+    """SIGTERM, by which batch systems and `kill` stop a program, says how to go on like Ctrl+C."""
+    if threading.current_thread() is not threading.main_thread():  # others may not set handlers
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

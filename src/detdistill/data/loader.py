@@ -255,14 +255,21 @@ def _identity(packed: Any) -> Any:
 
 
 def _start_worker(worker: int) -> None:
-    """Workers are the parallelism; Ctrl-C is the main process's to handle."""
+    """Workers are the parallelism; how a program ends is the main process's to handle."""
     torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, _end_after_parent)
     # The loader's own watch is not enough: a worker that writes a batch into a pipe that nobody
     # reads any more would wait for ever.
     parent = multiprocessing.parent_process()
     if parent is not None and parent.pid is not None:
         end_with_parent(parent.pid)
+
+
+def _end_after_parent(*_: Any) -> None:
+    """Where all processes are told to end together, a worker that goes first looks like a fault."""
+    time.sleep(2.0)
+    os._exit(0)
 
 
 def end_with_parent(parent: int) -> None:

@@ -52,8 +52,9 @@ def write_next_checkpoint(path: Path, state: dict[str, Any]) -> None:
     with written(_next(path)) as file:
         try:
             torch.save(state, file)
-        except RuntimeError as error:  # torch's own error hides that of the disk
-            raise error.__context__ if isinstance(error.__context__, OSError) else error from None
+        except RuntimeError as error:  # torch's own error hides that of the disk, and Ctrl+C
+            hidden = error.__context__
+            raise hidden if isinstance(hidden, OSError | KeyboardInterrupt) else error from None
         file.flush()
         os.fsync(file.fileno())
 
