@@ -23,16 +23,17 @@ def save_state(folder, distiller):
     save_checkpoint(folder / "last.ckpt", dict.fromkeys(STATE) | {"distiller": distiller})
 
 
-def write_run(folder, student, teacher, **options):
+def write_run(folder, student, teacher, taught=True, **options):
     """What a run of HEAD leaves, its assistant told apart from a fresh one."""
     models = [narrow(f"{name}_r18", 10, seed) for seed, name in enumerate((student, teacher))]
     method = HEAD(**options)
-    distiller = Distiller(*models, {"head": method})
+    distiller = Distiller(models[0], models[1] if taught else None, {"head": method})
     with torch.no_grad():
         for parameter in method.link.assistant.parameters():
             parameter.add_(0.01 * torch.randn_like(parameter))
     folder.mkdir()
-    recipe = Recipe(student=f"{student}_r18", teacher="runs/teacher", methods={"head": options})
+    name = "runs/teacher" if taught else None
+    recipe = Recipe(student=f"{student}_r18", teacher=name, methods={"head": options})
     (folder / "recipe.yaml").write_text(dump_recipe(recipe))
     save_state(folder, distiller.state_dict())
     return Pair(models[1], models[0]), method.link.assistant
@@ -58,6 +59,24 @@ def test_the_assistant_of_a_run(student, teacher, own, stages, tmp_path, look):
     found = part.numbers()["stages"]
     assert [name for name in found if name == "own head" or "assistant" in name] == own + stages
     assert all(-1 <= value <= 1 for name in own for value in found[name].values())
+
+
+ALONE = {"taught": False, "akd": False, "ckd": False}
+
+
+@pytest.mark.parametrize("teacher", ["faster_rcnn", "cascade_rcnn"])
+def test_an_assistant_that_learned_without_a_teacher(teacher, tmp_path, look):
+    pair, _ = write_run(tmp_path / "run", "retinanet", teacher, **ALONE)
+    part = Similarity(pair, load_assistant(tmp_path / "run", pair))
+    part.add(look(pair))
+    assert [*part.numbers()["stages"]][-3:] == ["own head", "assistant fc 1", "assistant fc 2"]
+
+
+def test_an_assistant_without_a_teacher_is_no_dense_head(tmp_path):
+    pair, _ = write_run(tmp_path / "run", "retinanet", "reppoints", **ALONE)
+    told = "learned without a teacher and is an R-CNN head .* such as a Faster R-CNN"
+    with pytest.raises(UserError, match=told):
+        load_assistant(tmp_path / "run", pair)
 
 
 def test_all_look_at_the_same_boxes(look):

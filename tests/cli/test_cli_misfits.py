@@ -123,3 +123,7 @@ def test_a_method_that_cannot_act_in_time_is_told(run: Run, my_coco: Path) -> No
     assert "full weights from 9, but it stops at step 1; lower methods.head.warmup" in err
     told = "head's CKD acts from step 0, with full weights from 5, but it stops at step 1"
     assert f"{told}; lower methods.head.ckd_warmup" in err
+    alone = ["--set", "methods.head={akd: false, ckd: false}", "--out", "alone"]
+    code, _, err = run(*distill("retinanet_r18", "head"), *alone)
+    assert code == 0, err
+    assert "full weights" not in err

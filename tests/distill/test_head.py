@@ -7,6 +7,7 @@ import torch
 
 from detdistill import HEAD, CrossKD, Distiller, UserError, create_method
 from detdistill.detectors.base import FPNDetector
+from detdistill.detectors.faster_rcnn import FasterRCNN
 from detdistill.distill.assistants import CellProjector, cross_kind_loss, gather_cells, mean_square
 from detdistill.distill.method import Step
 from detdistill.structures import GROUND_TRUTH, Proposals, TwoStageAssignment
@@ -177,6 +178,44 @@ def test_the_assistant_alone_runs_no_roi_head_of_a_teacher(teacher, monkeypatch)
     assert reached(distiller.student.fpn)
     assert not any(reached(tower) for tower in distiller.student.towers.values())
     assert not distiller.methods["head"].needs_teacher
+
+
+@pytest.mark.parametrize(("student", "teacher"), NAMES)
+def test_the_assistant_alone_knows_no_weight_of_a_teacher(student, teacher):
+    assistants = []
+    for seed in (1, 2):
+        model = narrow(f"{teacher}_r18", seed=seed)
+        torch.manual_seed(0)
+        distiller, _ = distil(student, model, akd=False, ckd=False)
+        assistants.append(distiller.methods["head"].link.assistant.state_dict())
+    assert all(torch.equal(value, assistants[1][key]) for key, value in assistants[0].items())
+    copied, _ = distil(student, model, akd=False, ckd=False, assistant_weights="teacher")
+    copied = copied.methods["head"].link.assistant.state_dict()
+    assert {k: v.shape for k, v in copied.items()} == {k: v.shape for k, v in assistants[1].items()}
+    assert any(not torch.equal(value, assistants[1][key]) for key, value in copied.items())
+
+
+def test_where_the_assistant_starts_can_be_chosen():
+    teacher = narrow("faster_rcnn_r18", seed=1)
+    for options, same in (
+        ({}, True),
+        ({"assistant_weights": "fresh"}, False),
+        ({"akd": False, "ckd": False}, False),
+        ({"akd": False, "ckd": False, "assistant_weights": "teacher"}, True),
+    ):
+        distiller, _ = distil("retinanet", teacher, **options)
+        found = distiller.methods["head"].link.assistant.head(0).shared[0].weight
+        assert torch.equal(found, teacher.roi_heads[0].shared[0].weight) == same, options
+    with pytest.raises(UserError, match="teacher"):
+        distil("retinanet", None, akd=False, ckd=False, assistant_weights="teacher")
+
+
+def test_an_untrained_copy_needs_to_know_how_its_pattern_was_built():
+    teacher = FasterRCNN(3, base_channels=8, fpn_channels=16, roi_channels=16)
+    told = "head: the assistant starts untrained in the form of the teacher's head, but how "
+    with pytest.raises(UserError, match=told + "faster_rcnn_.* set assistant_weights to 'teacher'"):
+        distil("retinanet", teacher, akd=False, ckd=False)
+    distil("retinanet", teacher, akd=False, ckd=False, assistant_weights="teacher")
 
 
 @pytest.mark.parametrize(

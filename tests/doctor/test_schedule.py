@@ -3,6 +3,7 @@ import timm
 import torch
 
 from detdistill import create_method
+from detdistill.distill.schedule import named_schedules
 from detdistill.doctor.schedule import check_recipe, check_schedules, check_start, recipe_numbers
 from detdistill.engine.build import new_student
 from detdistill.recipe import Recipe
@@ -52,9 +53,15 @@ def test_sizes_that_no_image_can_have():
     assert wrong.level == "problem" and "resize_short 640 is never reached" in wrong.text
 
 
-def test_methods_that_act_in_time():
-    methods = {"crosskd": create_method("crosskd"), "head": create_method("head", warmup=50)}
-    assert check_schedules(methods, 1000) == []
+def of_head(**options):
+    method = create_method("head", **options)
+    method.prepare(narrow("retinanet_r18"), narrow("faster_rcnn_r18"))
+    return named_schedules({"head": method})
+
+
+@pytest.mark.parametrize("options", [{"warmup": 50}, {"akd": False, "ckd": False}])
+def test_methods_that_act_in_time(options):
+    assert check_schedules(of_head(**options), 1000) == []
 
 
 @pytest.mark.parametrize(
@@ -69,7 +76,7 @@ def test_methods_that_act_in_time():
     ],
 )
 def test_methods_that_act_too_late(options, level, part):
-    [found] = check_schedules({"head": create_method("head", **options)}, 1000)
+    [found] = check_schedules(of_head(**options), 1000)
     assert found.level == level and part in found.text
     own = next((key for key in options if key.startswith("ckd")), "")
     assert f"--set methods.head.{own}" in found.advice

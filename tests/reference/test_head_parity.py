@@ -15,7 +15,7 @@ from tests.reference import test_parity as parity
 _two_threads = parity._two_threads
 
 OPTIONS = {
-    "head_assistant_retinanet_r18": {"akd": False, "ckd": False},
+    "head_assistant_retinanet_r18": {"akd": False, "ckd": False, "assistant_weights": "teacher"},
     "head_akd_retinanet_r18_faster_rcnn_r50": {"ckd": False},
     "head_retinanet_r18_faster_rcnn_r50": {},
 }

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from detdistill.analysis.pair import Pair, Place, Sample, tower_places
 from detdistill.detectors import DenseDetector, FPNDetector
+from detdistill.detectors.roi_head import RoIHead
 from detdistill.detectors.stages import RoIStages
 from detdistill.detectors.two_stage import TwoStageDetector
 from detdistill.distill import HEAD, create_method
@@ -54,16 +55,30 @@ def load_assistant(run: Path, pair: Pair) -> DenseAssistant | RoIAssistant | Non
     method = cast(HEAD, create_method(METHOD, **options))
     prefix = f"methods.{METHOD}."
     weights = {k.removeprefix(prefix): v for k, v in state["distiller"].items() if prefix in k}
+    own = values.get("teacher")
     try:
-        method.prepare(pair.student, pair.teacher)
+        method.prepare(pair.student, pair.teacher if own else None)
         method.load_state_dict(weights)
     except (UserError, RuntimeError):
         raise UserError(
             f"The assistant of {run} is not of the kind of {pair.teacher.name}'s head; give the "
-            f"run's own teacher, {values.get('teacher')}."
+            f"run's own teacher, {own}."
         ) from None
+    if not own and not _looks_at_the_same(pair.teacher, method.link.assistant):
+        raise UserError(
+            f"The assistant of {run} learned without a teacher and is an R-CNN head of two shared "
+            f"layers, which {pair.teacher.name} has not; give a teacher such as a Faster R-CNN."
+        )
     method.requires_grad_(False).eval().to(pair.student.pixel_mean.device)
     return method.link.assistant
+
+
+def _looks_at_the_same(teacher: FPNDetector, assistant: DenseAssistant | RoIAssistant) -> bool:
+    """Whether both are RoI heads of as many shared layers."""
+    if not isinstance(teacher, RoIStages) or not isinstance(assistant, RoIAssistant):
+        return False
+    first = cast(RoIHead, cast(TwoStageDetector, teacher).roi_heads[0])
+    return len(first.shared) == len(assistant.head(0).shared)
 
 
 def assistant_places(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Callable
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
@@ -84,6 +85,22 @@ def create_detector(
     if backbone_weights is not None:
         load_backbone(detector.backbone, backbone_weights, keywords["backbone"])
     return detector
+
+
+def untrained(detector: FPNDetector) -> FPNDetector:
+    """A detector of the same class and options with fresh weights, the backbone's, too.
+
+    Raises:
+        UserError: when its options are not known, as of a view or of one built from its class.
+    """
+    if not detector.options and keywords_of(type(detector)).keys() - {"num_classes"}:
+        raise UserError(
+            f"how {detector.name} was built is not known; use one of create_detector or "
+            f"load_detector"
+        )
+    options = {key: value for key, value in detector.options.items() if key != "pretrained"}
+    build: Callable[..., FPNDetector] = type(detector)
+    return build(detector.num_classes, **options)
 
 
 def _check_backbone(name: str) -> None:

@@ -147,6 +147,14 @@ CHECKPOINTS: tuple[Checkpoint, ...] = (
         "_20210524_110822-e10bd31c",
     ),
     _openmmlab(
+        "faster_rcnn",
+        "faster_rcnn_r50_fpn_1x_coco",
+        "faster_rcnn_r50",
+        "CrossKD teacher",
+        37.4,
+        "_20200130-047c8118",
+    ),
+    _openmmlab(
         "reppoints",
         "reppoints_moment_r50_fpn_gn-neck+head_2x_coco",
         "reppoints_r50_gn",

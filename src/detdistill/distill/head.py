@@ -15,13 +15,14 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping, Set
 from dataclasses import dataclass, replace
-from typing import cast
+from typing import Literal, cast, get_args
 
 import torch
 from torch import Tensor, nn
 
 from detdistill.detectors.base import FPNDetector
 from detdistill.detectors.dense import DenseDetector
+from detdistill.detectors.factory import untrained
 from detdistill.detectors.roi_head import RoIHead
 from detdistill.detectors.two_stage import TwoStageDetector
 from detdistill.distill.adapters import check_same_classes, match_levels
@@ -46,6 +47,8 @@ from detdistill.distill.schedule import TIMING, Schedule, Steps
 from detdistill.errors import UserError
 from detdistill.registry import AtLeastOne, check_choice
 from detdistill.structures import DenseOutput, Proposals
+
+Weights = Literal["teacher", "fresh"]
 
 
 @dataclass(frozen=True)
@@ -103,7 +106,7 @@ class HEAD(AssistedMethod):
     Args:
         akd: distil into the assistant.
         ckd: distil into the student's own head. With both off the assistant learns from the ground
-            truth alone; it then needs no teacher, and starts untrained without one.
+            truth alone and needs no teacher; one that is given only says its form.
         akd_weight: factor of each AKD term.
         ckd_weight: factor of each CKD term.
         ckd_start: `start` of CKD alone; None, as of the next two, is that of AKD.
@@ -112,6 +115,8 @@ class HEAD(AssistedMethod):
         ckd_projector: "single" as released, or "per_anchor", a projection for each anchor of a
             cell, as in the development configurations.
         assistant_warmup: the assistant's own losses warm up too.
+        assistant_weights: with which the assistant starts: the "teacher"'s or "fresh" ones; None
+            as published, those of the teacher where it distils, else fresh ones.
         proposals: of the student, per image, of which at most 512 are drawn.
     """
 
@@ -127,12 +132,15 @@ class HEAD(AssistedMethod):
         ckd_warmup: Steps | None = None,
         ckd_projector: Projector = "single",
         assistant_warmup: bool | None = None,
+        assistant_weights: Weights | None = None,
         proposals: AtLeastOne = 1000,
     ) -> None:
         """None means the authors' value for the pair."""
         super().__init__()
         check_choice("head: ckd_projector", ckd_projector, PROJECTORS)
-        self.needs_teacher = akd or ckd is not False
+        check_choice("head: assistant_weights", assistant_weights or "fresh", get_args(Weights))
+        self.needs_teacher = akd or ckd is not False or assistant_weights == "teacher"
+        self.assistant_weights = assistant_weights
         self.settings = Settings(
             akd, ckd, akd_weight, ckd_weight, assistant_warmup, ckd_projector, proposals
         )
@@ -153,15 +161,30 @@ class HEAD(AssistedMethod):
         else:
             self.settings = _for_roi_assistant(self.settings, student)
         _check_ckd_timing(self.ckd_timing, self.schedule, ckd=bool(self.settings.ckd))
-        if isinstance(teacher, DenseDetector):
-            self.link = DenseLink(student, teacher, self.settings)
+        pattern = self._pattern(teacher)
+        if isinstance(pattern, DenseDetector):
+            self.link = DenseLink(student, pattern, self.settings)
             self.teacher_stage = "head"
         else:
-            self.link = RoILink(student, cast("TwoStageDetector | None", teacher), self.settings)
+            self.link = RoILink(student, cast("TwoStageDetector | None", pattern), self.settings)
             self.teacher_stage = "pyramid"
         self.assistant_warmup = bool(self.settings.assistant_warmup)
         self.weights = self.link.weights
         self.truth_terms = frozenset(t for t in self.weights if t.startswith("assistant"))
+
+    def _pattern(self, teacher: FPNDetector | None) -> FPNDetector | None:
+        """Whose head the assistant copies: the teacher, or an untrained detector like it."""
+        distils = self.settings.akd or self.settings.ckd
+        weights = self.assistant_weights or ("teacher" if distils else "fresh")
+        if teacher is None or weights == "teacher":
+            return teacher
+        try:
+            return untrained(teacher)
+        except UserError as error:
+            raise UserError(
+                f"head: the assistant starts untrained in the form of the teacher's head, but "
+                f"{error}, or set assistant_weights to 'teacher'"
+            ) from None
 
     def acting_terms(self, step: Step, acting: Set[str]) -> dict[str, Tensor]:
         """Raw terms of a step."""

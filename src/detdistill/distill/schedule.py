@@ -48,11 +48,19 @@ class Schedule:
         return min(1.0, (iteration - self.start) / self.warmup) if self.warmup else 1.0
 
 
-def named_schedules(methods: Mapping[str, Method]) -> list[tuple[str, str, Schedule]]:
-    """For messages: whom each schedule is of, how its options begin, and itself."""
+NamedSchedule = tuple[str, str, Schedule]
+
+
+def named_schedules(methods: Mapping[str, Method]) -> list[NamedSchedule]:
+    """Of prepared methods, for messages: whom each schedule is of, how its options begin, itself.
+
+    Without those by which nothing goes: HEAD's, where its assistant learns alone.
+    """
     named = []
     for name, method in methods.items():
-        named.append((name, f"methods.{name}.", method.schedule))
+        turns = (0, method.schedule.start, method.schedule.stop or 0)
+        if any(factor < 1 for turn in turns for factor in method.factors(turn).values()):
+            named.append((name, f"methods.{name}.", method.schedule))
         for part, own in method.part_schedules.items():
             named.append((f"{name}'s {part.upper()}", f"methods.{name}.{part}_", own))
     return named

@@ -12,6 +12,7 @@ from torch import nn
 
 from detdistill.detectors import FPNDetector
 from detdistill.distill import Distiller, Method, create_method
+from detdistill.distill.schedule import NamedSchedule, named_schedules
 from detdistill.doctor.finding import Finding
 from detdistill.errors import UserError
 
@@ -27,12 +28,14 @@ class Fit:
         name: of the arm.
         reason: the method's own sentence where it does not fit; "" where it does.
         helpers: what it adds for the time of training.
+        schedules: when its methods act.
         lacks_teacher: whether it does not fit because there is no teacher.
     """
 
     name: str
     reason: str = ""
     helpers: str = ""
+    schedules: Sequence[NamedSchedule] = ()
     lacks_teacher: bool = False
 
 
@@ -62,7 +65,8 @@ def check_fit(student: FPNDetector, teacher: FPNDetector | None, name: str, arm:
     except UserError as error:
         needed = any(method.needs_teacher for method in create_methods(arm).values())
         return Fit(name, reason=str(error), lacks_teacher=teacher is None and needed)
-    return Fit(name, helpers=describe_helpers(distiller.methods))
+    schedules = named_schedules(methods_of(distiller))
+    return Fit(name, helpers=describe_helpers(distiller.methods), schedules=schedules)
 
 
 def describe_helpers(methods: nn.Module) -> str:

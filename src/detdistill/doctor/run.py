@@ -13,7 +13,7 @@ from detdistill.data import DetectionDataset, TrainBatches, make_train_batches
 from detdistill.detectors import FPNDetector
 from detdistill.doctor.data import check_data
 from detdistill.doctor.finding import Finding, Section, from_error, worst
-from detdistill.doctor.pair import Arm, Fit, check_fit, check_pair, create_methods
+from detdistill.doctor.pair import Arm, Fit, check_fit, check_pair
 from detdistill.doctor.schedule import check_recipe, check_schedules, check_start, recipe_numbers
 from detdistill.doctor.sizes import (
     box_sides,
@@ -199,10 +199,8 @@ class Doctor:
         section.findings += check_recipe(self.recipe, images, steps_per_epoch, total_steps)
         section.findings += check_start(student, self.recipe)
         for fit in fits:
-            if not fit.reason:
-                methods = create_methods(self.arms[fit.name])
-                found = check_schedules(methods, total_steps)
-                section.findings += self._of_arm(fit.name, found)
+            found = check_schedules(fit.schedules, total_steps)
+            section.findings += self._of_arm(fit.name, found)
         section.numbers = recipe_numbers(self.recipe, steps_per_epoch, total_steps)
         return section
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Sequence
 from typing import Any
 
 from detdistill.data.transforms import out_of_reach
 from detdistill.detectors import FPNDetector
-from detdistill.distill import Method
-from detdistill.distill.schedule import named_schedules
+from detdistill.distill.schedule import NamedSchedule
 from detdistill.doctor.finding import Finding, counted
 from detdistill.engine.optim import endless_warmup, milestones_beyond, shorter_warmup
 from detdistill.recipe import Recipe
@@ -107,10 +106,10 @@ def check_start(student: FPNDetector, recipe: Recipe) -> list[Finding]:
     return [Finding("note", text, advice)]
 
 
-def check_schedules(methods: Mapping[str, Method], total_steps: int) -> list[Finding]:
+def check_schedules(schedules: Sequence[NamedSchedule], total_steps: int) -> list[Finding]:
     """The methods' own starts and warm-ups (HEAD's is 2000 steps) against the length of the run."""
     findings = []
-    for name, options, schedule in named_schedules(methods):
+    for name, options, schedule in schedules:
         prefix = f"--set {options}"
         if schedule.start >= total_steps:
             text = f"{name} starts at step {schedule.start}, the run has {total_steps}: never"
