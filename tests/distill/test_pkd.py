@@ -25,6 +25,21 @@ def test_equals_one_minus_the_pearson_correlation():
     torch.testing.assert_close(pattern_difference(student, teacher), wanted, rtol=1e-4, atol=1e-6)
 
 
+def test_unlike_pyramids_meet_by_order():
+    batch, student, teacher = make_batch(), narrow("retinanet_r18"), narrow("faster_rcnn_r18", 3, 1)
+    with pytest.raises(UserError, match=r"teacher's pyramid has .* or set match to 'order'$"):
+        distil(student, teacher)
+    _, loss = distil(student, teacher, batch, match="order", levels=3, weight=1.0)
+    with torch.no_grad():
+        levels = [model.pyramid(model.normalize(batch)).levels for model in (student, teacher)]
+    wanted = 0
+    for found, taught in list(zip(*levels, strict=True))[:3]:
+        assert found.shape[-2] * 2 == taught.shape[-2] and found.shape[-1] * 2 == taught.shape[-1]
+        taught = torch.nn.functional.avg_pool2d(taught, 2)  # bilinear, by half
+        wanted += pattern_difference(found, taught)
+    torch.testing.assert_close(loss.detach(), wanted, rtol=1e-5, atol=1e-6)
+
+
 def test_scale_and_offset_of_a_channel_do_not_count():
     level = torch.randn(2, 3, 4, 5)
     factor, offset = torch.rand(1, 3, 1, 1) + 0.5, torch.randn(1, 3, 1, 1)

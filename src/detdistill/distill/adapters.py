@@ -33,9 +33,14 @@ def projection(student_channels: int, teacher_channels: int) -> nn.Conv2d:
 
 
 def match_levels(
-    student_strides: tuple[int, ...], teacher_strides: tuple[int, ...], method: str
+    student_strides: tuple[int, ...],
+    teacher_strides: tuple[int, ...],
+    method: str,
+    way_out: str = "",
 ) -> list[int]:
     """For each teacher level the student's level of the same stride.
+
+    `way_out` names the method's own option for such a pair, if it has one.
 
     Raises:
         UserError: when the student has no level of a teacher's stride.
@@ -46,6 +51,7 @@ def match_levels(
             f"{method}: the teacher's pyramid has levels at strides {list(teacher_strides)}, the "
             f"student's at {list(student_strides)}; every teacher level needs a student level of "
             f"its stride: choose a student or a teacher with the same levels"
+            f"{way_out and f', or {way_out}'}"
         )
     return [student_strides.index(stride) for stride in teacher_strides]
 
@@ -62,7 +68,8 @@ def require_dense(model: FPNDetector | None, method: str, role: str) -> DenseDet
     if isinstance(model, RoIStages):
         raise UserError(
             f"{method} needs a dense {role}; {called(model)} has no dense head: for RoI heads "
-            f"there are crosskd_roi (alike) and head (unlike), for any pyramid pkd"
+            f"there are crosskd_roi (alike) and head (unlike), for any pyramid pkd (with match "
+            f"'order' where strides differ)"
         )
     if absent:
         raise UserError(

@@ -7,7 +7,10 @@ maps is 1 minus their Pearson correlation.
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from detdistill.detectors.base import FPNDetector
@@ -15,6 +18,7 @@ from detdistill.distill.adapters import EPSILON, channel_adapter, channel_statis
 from detdistill.distill.method import METHODS, Method, Step
 from detdistill.distill.published import OTHER_PKD_WEIGHT, PKD_WEIGHTS
 from detdistill.errors import UserError
+from detdistill.registry import check_choice
 
 
 @METHODS.register("pkd")
@@ -28,19 +32,29 @@ class PKD(Method):
     Args:
         weight: factor of `pkd/feature`; None takes the published one of the teacher's family.
         levels: how many of the teacher's levels, from the finest; None takes all.
+        match: which levels meet: those of one "stride", or the finest with the finest and so on, by
+            "order", as in PKD's own comparisons of unlike pyramids; the teacher's maps are then
+            resized to the student's.
     """
 
     teacher_stage = "pyramid"
 
-    def __init__(self, *, weight: float | None = None, levels: int | None = None) -> None:
+    def __init__(
+        self,
+        *,
+        weight: float | None = None,
+        levels: int | None = None,
+        match: Literal["stride", "order"] = "stride",
+    ) -> None:
         """None means the published value."""
         super().__init__()
+        check_choice("pkd: match", match, ("stride", "order"))
         if levels is not None and levels < 1:
             raise UserError(f"pkd with levels={levels} distils nothing; choose at least 1")
-        self.weight, self.level_count = weight, levels
+        self.weight, self.level_count, self.by_order = weight, levels, match == "order"
 
     def prepare(self, student: FPNDetector, teacher: FPNDetector | None) -> None:
-        """Matches levels by stride and builds one adapter, shared by all levels."""
+        """Matches levels and builds one adapter, shared by all of them."""
         assert teacher is not None
         strides = teacher.strides[: self.level_count]
         if self.level_count is not None and len(strides) < self.level_count:
@@ -48,7 +62,11 @@ class PKD(Method):
                 f"pkd: levels is {self.level_count}, but {teacher.name} has {len(strides)} "
                 f"pyramid levels; choose 1 to {len(strides)}"
             )
-        self.levels = match_levels(student.strides, strides, "pkd")
+        if self.by_order:
+            self.levels = list(range(min(len(strides), len(student.strides))))
+        else:
+            way_out = "set match to 'order'"
+            self.levels = match_levels(student.strides, strides, "pkd", way_out)
         weight = PKD_WEIGHTS.get(teacher.family, OTHER_PKD_WEIGHT)
         self.weights = {"feature": weight if self.weight is None else self.weight}
         self.adapter = channel_adapter(student.pyramid_channels, teacher.pyramid_channels)
@@ -67,8 +85,11 @@ class PKD(Method):
 def pattern_difference(student: Tensor, teacher: Tensor) -> Tensor:
     """Half the mean squared difference of two standardised (B, C, H, W) maps (PKD eq. 6).
 
-    A map of one element per channel has no pattern: 0, tied to the student.
+    The teacher's map is resized where they differ. A map of one element per channel has no
+    pattern: 0, tied to the student.
     """
+    if teacher.shape[-2:] != student.shape[-2:]:
+        teacher = F.interpolate(teacher.float(), student.shape[-2:], mode="bilinear")
     if student.numel() == student.shape[1]:
         return student.sum() * 0
     return (standardize(student) - standardize(teacher)).square().mean() / 2
