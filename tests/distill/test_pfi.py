@@ -148,6 +148,20 @@ def test_equal_widths_may_have_the_adapter_too():
     adapters = list(distiller.methods["pfi"].parameters())
     assert [tuple(p.shape) for p in adapters] == [(width, width, 1, 1), (width,)]
     assert adapters[0].grad.any()
+    # It stands on the student's side: phi(f) = 2f + 1 doubles these maps and adds 1.
+    with torch.no_grad():
+        adapters[0].copy_(2 * torch.eye(width)[:, :, None, None])
+        adapters[1].fill_(1.0)
+        batch = make_batch()
+        student, teacher = (m(batch) for m in (distiller.student, distiller.teacher))
+        wanted = []
+        for level in range(len(student.pyramid)):
+            sides = (student.predictions.logits[level], teacher.predictions.logits[level])
+            gap = (sides[0].sigmoid() - sides[1].sigmoid()).square().mean((1, 2))
+            moved = 2 * student.pyramid[level] + 1 - teacher.pyramid[level]
+            wanted.append((gap * moved.square().mean(1)).mean())
+        found = distiller(batch)["pfi/map"]
+    assert found.item() == pytest.approx(1.5 * torch.stack(wanted).mean().item(), rel=1e-4)
 
 
 @pytest.mark.parametrize("counts", [(3, 0), (0, 0)])
