@@ -48,10 +48,13 @@ def output(logits, boxes, features):
     return DenseOutput(predictions, {}, ANCHORS, Pyramid(levels(features, 2), (8, 16)))
 
 
-def by_hand(matched, *, student_logits=(), logits=(), boxes=(), features=(), **options):
-    """Raw terms of a student that is 0 but for its own logits."""
+def by_hand(matched, *, student_logits=(), logits=(), boxes=(), features=(), beyond=(), **options):
+    """Raw terms of a student that is 0 but for its own logits; `beyond` are cells of no image."""
     sides = output(dict(student_logits), {}, {}), output(dict(logits), dict(boxes), dict(features))
-    step = handmade.step(*sides, [[0], [0]], of_teacher=handmade.assignment(matched, [[0], [0]]))
+    assignment = handmade.assignment(matched, [[0], [0]])
+    for cell in beyond:
+        assignment.weights[cell] = 0
+    step = handmade.step(*sides, [[0], [0]], of_teacher=assignment)
     step.targets = Targets(BOXES, step.targets.labels, ((32, 32),) * 2)
     method = LD(**{**ALONE, **options})
     method.adapter = torch.nn.Identity()
@@ -129,6 +132,12 @@ def test_feature_by_hand(matched, wanted):
     assert found["feature"] == pytest.approx(wanted)
 
 
+def test_cells_beyond_an_image_are_in_no_region():
+    # Without the first cell of image 1 its best IoU is 2/3, of which 3/8 is more than half.
+    found = by_hand(BOTH, features=FEATURES, feature=True, beyond=[(1, 0)])
+    assert found["feature"] == pytest.approx(5 + (5 + 50**2 / 2) / 2)
+
+
 @pytest.mark.parametrize("temperature", [1.0, 5.0])
 def test_temperatures_divide_the_logits_and_their_squares_multiply(temperature):
     boxes = {(0, 0): [value * temperature / 10 for value in sides(0)]}
@@ -173,8 +182,9 @@ def weights_by_definition(anchors, valid, boxes, gamma):
 
 @pytest.mark.parametrize("gamma", [0.1, 0.25, 0.7])
 def test_the_valuable_region_by_its_definition(gamma):
-    # The last image has cells beyond it, and a slot without a box.
-    batch, model = make_batch((3, 0, 2), size=(96, 128)), narrow()
+    # The last image has cells beyond it, which overlap its last box, and a slot without a box.
+    batch, model = make_batch((3, 0, 2)), narrow()
+    batch.targets[2]["boxes"][1] = torch.tensor([30.0, 8, 62, 40])
     targets = batch.padded_targets()
     with torch.no_grad():
         out = model(batch)
