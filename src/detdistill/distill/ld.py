@@ -29,7 +29,7 @@ from detdistill.parts.losses import distribution_kl
 from detdistill.registry import check_positive
 from detdistill.structures import rows_of_maps
 
-MAIN_DIVISOR, VLR_DIVISOR = 4, 16
+MAIN_DIVISOR, VLR_DIVISOR = 4, 16  # published; nothing else divides the two sums
 IMAGES_PER_GPU = 2  # of the published configuration
 Rows = tuple[Tensor, ...]
 """Image and row (M,) of some anchors."""
@@ -78,10 +78,14 @@ class LD(Method):
         check_positive("ld: cls_temperature", cls_temperature)
         if not 0 < gamma < 1:
             raise UserError(f"ld: gamma is {gamma}; expected a number between 0 and 1")
-        given = {"vlr": (vlr, vlr_weight), "cls": (cls, cls_weight)}
-        given["feature"] = (feature, feature_weight)
-        wanted = {term: weight for term, (wants, weight) in given.items() if wants}
-        self.weights = {"main": ld_weight, **wanted}
+        wanted = {"main": True, "cls": cls, "vlr": vlr, "feature": feature}
+        weights = {
+            "main": ld_weight,
+            "cls": cls_weight,
+            "vlr": vlr_weight,
+            "feature": feature_weight,
+        }
+        self.weights = {term: weight for term, weight in weights.items() if wanted[term]}
         self.temperature, self.cls_temperature, self.gamma = temperature, cls_temperature, gamma
 
     def prepare(self, student: FPNDetector, teacher: FPNDetector | None) -> None:
