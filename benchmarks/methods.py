@@ -33,6 +33,7 @@ PAIRS: dict[str, list[tuple[str, str | None]]] = {
     "crosskd": [("gfl", "gfl"), ("retinanet", "retinanet")],
     "crosskd_roi": [("faster_rcnn", "faster_rcnn")],
     "head": [("retinanet", "faster_rcnn")],
+    "ld": [("gfl", "gfl")],
     "tf_head": [("retinanet", None)],
 }
 LATER = 5000  # steps; beyond every warm-up

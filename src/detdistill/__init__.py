@@ -16,6 +16,7 @@ _HOMES = {
     "Distiller": "detdistill.distill",
     "FeatureImitation": "detdistill.distill",
     "HEAD": "detdistill.distill",
+    "LD": "detdistill.distill",
     "PFI": "detdistill.distill",
     "PKD": "detdistill.distill",
     "PredictionMimicking": "detdistill.distill",
@@ -46,6 +47,7 @@ if TYPE_CHECKING:
     )
     from detdistill.distill import (
         HEAD,
+        LD,
         PFI,
         PKD,
         RM,
@@ -67,6 +69,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "HEAD",
+    "LD",
     "PFI",
     "PKD",
     "RM",

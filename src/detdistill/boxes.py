@@ -15,6 +15,19 @@ def pairwise_iou(boxes_xyxy: Tensor, others_xyxy: Tensor) -> Tensor:
     return overlap / union.clamp_(min=1e-6)
 
 
+def pairwise_center_penalty(boxes_xyxy: Tensor, others_xyxy: Tensor) -> Tensor:
+    """What DIoU (arXiv 1911.08287) takes off the IoU of every box with every other.
+
+    Squared distance of the centres over the squared diagonal of the smallest box around both:
+    (..., N, 4) and (..., P, 4) to (..., N, P), 0..1.
+    """
+    low = torch.minimum(boxes_xyxy[..., :, None, :2], others_xyxy[..., None, :, :2])
+    high = torch.maximum(boxes_xyxy[..., :, None, 2:], others_xyxy[..., None, :, 2:])
+    diagonal = (high - low).square_().sum(-1)
+    away = centers_xy(boxes_xyxy)[..., :, None, :] - centers_xy(others_xyxy)[..., None, :, :]
+    return away.square_().sum(-1) / diagonal.clamp_(min=1e-6)
+
+
 def area(boxes_xyxy: Tensor) -> Tensor:
     """(..., 4) to (...), pixels squared."""
     return (boxes_xyxy[..., 2] - boxes_xyxy[..., 0]) * (boxes_xyxy[..., 3] - boxes_xyxy[..., 1])

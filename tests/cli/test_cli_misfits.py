@@ -45,6 +45,8 @@ def distill(student: str, method: str, **options: object) -> list[str]:
         ("retinanet", "gfl", "rm", {}, ["anchor by anchor", "gfl_r18", "retinanet_r18"]),
         ("retinanet", "gfl", "mimic", {}, ["anchor by anchor", "crosskd"]),
         ("retinanet", "gfl", "soft_label", {}, ["anchor by anchor"]),
+        ("retinanet", "retinanet", "ld", {}, ["distance distributions", "two GFLs", "crosskd"]),
+        ("gfl", "atss", "ld", {}, ["not predicted by atss_r18 and gfl_r18"]),
         ("retinanet", "gfl", "pfi", {}, ["1 per location", "retinanet_r18 9"]),
         ("gfl", "gfl", "head", {}, ["both gfl", "'feature' with adapter 'per_level'"]),
         ("gfl", "retinanet", "mimic", {}, ["anchor by anchor", "anchors 'best'", "crosskd"]),
@@ -67,6 +69,7 @@ def distill(student: str, method: str, **options: object) -> list[str]:
         ("gfl", "gfl", "rm", {"warmpu": 2}, ["no option 'warmpu'; did you mean 'warmup'?"]),
         ("gfl", "gfl", "crosskd", {"depth": 9}, ["depth is 9", "choose 0 to 4"]),
         ("gfl", "gfl", "rm", {"score": "probs"}, ["score", "'prob' or 'logit'", "'probs'"]),
+        ("gfl", "gfl", "ld", {"gamma": 1}, ["gamma", "less than 1", "found 1"]),
         ("gfl", "gfl", "pkd", {"levels": 9}, ["levels is 9", "choose 1 to 5"]),
         # weights and schedules
         ("gfl", "gfl", "crosskd", {"cls_weight": -1}, ["cls_weight is -1", "from 0 on"]),

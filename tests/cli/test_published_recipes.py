@@ -60,12 +60,13 @@ ROWS = {
     ],
     "crosskd/gfl_r18_r50_1x": [
         *("student 35.8", "depth0 38.2", "depth1 38.3", "depth2 38.6", "depth3 38.7"),
-        *("depth4 38.2", "mimic 37.8", "crosskd+mimic 38.1", "place for PKD 38.0"),
+        *("depth4 38.2", "mimicking by LD 37.8", "crosskd+mimic 38.1", "place for PKD 38.0"),
     ],
     "crosskd/gfl_r50_atss_r101_1x": ["student 40.2", "CrossKD 42.1", "mimicking 39.7"],
     "crosskd/gfl_r50_r101_1x": [
         *("teacher 44.9", "student 40.2", "CrossKD 43.7", "--method crosskd+pkd 43.9"),
-        *("PKD 43.3", "LD 43.0"),
+        *("PKD 43.3", "LD 43.0", "teacher of 44.6", "student of 40.1"),
+        *("positives alone 41.1", "with classes and VLR 42.1"),
     ],
     "crosskd/gfl_r50_retinanet_r101_1x": ["student 40.2", "CrossKD 41.2", "--method mimic 30.3"],
     "crosskd/retinanet_mobilenetv2_r50_1x": ["student 30.9", "CrossKD 34.1", "PKD 33.2"],

@@ -1,5 +1,7 @@
 """The contract says what the code reads."""
 
+from itertools import product
+
 import pytest
 from torch import nn
 from torchvision.models import detection
@@ -40,12 +42,19 @@ def test_every_view_keeps_the_contract(build):
     assert lacking(view, Detector, kind) == []
 
 
-@pytest.mark.parametrize("family", ["atss", "retinanet"])
 @pytest.mark.parametrize(
-    "method", ["crosskd", "mimic", "rm", "pfi", "soft_label", "pkd", "feature"]
+    ("method", "family"),
+    [
+        *product(
+            ["crosskd", "mimic", "rm", "pfi", "soft_label", "pkd", "feature"],
+            ["atss", "retinanet"],
+        ),
+        ("ld", "gfl"),
+    ],
 )
 def test_methods_read_nothing_beyond_the_contract(method, family):
-    student, teacher = (only(narrow(f"{family}_r18", seed=seed), MEMBERS) for seed in (0, 1))
+    members = [*MEMBERS, "reg_max"] if family == "gfl" else MEMBERS
+    student, teacher = (only(narrow(f"{family}_r18", seed=seed), members) for seed in (0, 1))
     distiller = Distiller(student, teacher, {method: create_method(method)})
     sum(distiller(make_batch()).values()).backward()
     assert student.inside.fpn.lateral[0].weight.grad.any()

@@ -34,6 +34,7 @@ DENSE = set(FAMILY_NAMES) - TWO_STAGE
 REFUSED = {
     "crosskd": (TWO_STAGE, "needs a dense"),
     "crosskd_roi": (DENSE | {"cascade_rcnn"}, "one RoI head"),
+    "ld": (set(FAMILY_NAMES) - {"gfl"}, "needs (a dense|distance distributions)"),
     "mimic": (TWO_STAGE, "needs a dense"),
     "pfi": (TWO_STAGE, "needs a dense"),
     "rm": (TWO_STAGE, "needs a dense"),
@@ -60,6 +61,7 @@ REACHED = {
     "crosskd_roi": set(),
     "feature": set(),
     "head": {"towers.cls"},
+    "ld": {"towers.cls", "towers.box", "predictors"},
     "mimic": {"towers.cls", "towers.box", "predictors"},
     "pfi": {"towers.cls", "predictors"},
     "pkd": set(),

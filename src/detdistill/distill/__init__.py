@@ -5,6 +5,7 @@ from detdistill.distill.crosskd_roi import CrossKDRoI
 from detdistill.distill.distiller import Distiller
 from detdistill.distill.feature import FeatureImitation
 from detdistill.distill.head import HEAD
+from detdistill.distill.ld import LD
 from detdistill.distill.method import METHODS, Method, Step, create_method, list_methods
 from detdistill.distill.mimic import PredictionMimicking
 from detdistill.distill.pfi import PFI
@@ -15,6 +16,7 @@ from detdistill.distill.tf_head import TFHEAD
 
 __all__ = [
     "HEAD",
+    "LD",
     "METHODS",
     "PFI",
     "PKD",

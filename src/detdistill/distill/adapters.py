@@ -118,6 +118,24 @@ def check_same_anchors(
         )
 
 
+def same_bins(student: DenseDetector, teacher: DenseDetector) -> bool:
+    """Whether both predict distances as distributions over the same bins."""
+    coded = {(model.box_coding, getattr(model, "reg_max", None)) for model in (student, teacher)}
+    return len(coded) == 1 and teacher.box_coding == "distribution"
+
+
+def check_same_bins(
+    student: DenseDetector, teacher: DenseDetector, what: str, way_out: str
+) -> None:
+    """Refuses a pair that is not `same_bins`; `what` needs it, `way_out` says what to do."""
+    if not same_bins(student, teacher):
+        names = " and ".join(dict.fromkeys((teacher.name, student.name)))
+        raise UserError(
+            f"{what} needs distance distributions over the same bins on both sides, not predicted "
+            f"by {names}; {way_out}"
+        )
+
+
 def align_statistics(student: Tensor, teacher: Tensor) -> Tensor:
     """Gives each channel of the student's map the teacher's mean and deviation over the batch.
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from detdistill.detectors.dense import DenseDetector
+from detdistill.distill.adapters import check_same_bins, same_bins
 from detdistill.errors import UserError
 from detdistill.registry import check_choice
 
@@ -109,15 +110,10 @@ def _comparable(
 ) -> Published:
     """What is published for the teacher, or for decoded boxes where distributions do not fit."""
     published = published_for(teacher)
-    coded = {(m.box_coding, getattr(m, "reg_max", None)) for m in (teacher, predictor)}
-    if len(coded) == 1 and teacher.box_coding == "distribution":
+    if same_bins(teacher, predictor):
         return published
     if box_loss == "kl":
-        names = " and ".join(dict.fromkeys((teacher.name, predictor.name)))
-        raise UserError(
-            f"{method}: box_loss 'kl' needs distance distributions over the same bins on both "
-            f"sides, not predicted by {names}; use box_loss 'giou'"
-        )
+        check_same_bins(predictor, teacher, f"{method}: box_loss 'kl'", "use box_loss 'giou'")
     return PUBLISHED[LIKE["deltas"]] if published.box_loss == "kl" else published
 
 

@@ -4,11 +4,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from detdistill.boxes import area, centers_xy, elementwise_iou, pairwise_iou, xyxy_to_ltrb
+from detdistill.boxes import (
+    area,
+    centers_xy,
+    elementwise_iou,
+    pairwise_center_penalty,
+    pairwise_iou,
+    xyxy_to_ltrb,
+)
 from detdistill.structures import Targets
 
 BACKGROUND = -1
@@ -87,23 +95,66 @@ def assign_atss(
     Returns:
         (B, P) int64: index of the matched box, `BACKGROUND` or `IGNORED`.
     """
-    flat = torch.cat(list(anchors))
-    candidates, usable = _nearest_per_level(anchors, valid, targets, top_k)  # (B, N, T)
-    chosen = flat[candidates]
-    boxes = targets.boxes[:, :, None]
-    iou = elementwise_iou(boxes, chosen)
-    count = usable.sum(-1, keepdim=True)
-    mean = (iou * usable).sum(-1, keepdim=True) / count.clamp(min=1)
-    variance = ((iou - mean).square() * usable).sum(-1, keepdim=True) / (count - 1).clamp(min=1)
-    points = centers_xy(chosen)
+    found = _atss_candidates(anchors, valid, targets, top_k)
+    boxes, points = targets.boxes[:, :, None], centers_xy(found.boxes_xyxy)
     inside = torch.cat((points - boxes[..., :2], boxes[..., 2:] - points), -1).amin(-1) > 0.01
-    good = usable & inside & (iou >= mean + variance.sqrt()) & targets.present[:, :, None]
+    good = found.usable & inside & (found.iou >= found.threshold) & targets.present[:, :, None]
     # An anchor wanted by several boxes goes to the one it overlaps most.
-    table = iou.new_full((*iou.shape[:2], len(flat)), -1.0)
-    table.scatter_(2, candidates, torch.where(good, iou, -1.0))
+    table = found.iou.new_full((*good.shape[:2], valid.shape[1]), -1.0)
+    table.scatter_(2, found.index, torch.where(good, found.iou, -1.0))
     best, matched = table.max(1)
     matched = torch.where(best >= 0, matched, BACKGROUND)
     return torch.where(valid, matched, IGNORED)
+
+
+def possible_iou(anchors: Tensor, valid: Tensor, targets: Targets) -> Tensor:
+    """IoU (B, N, P) of each box with anchors (P, 4); 0 where the slot or the anchor is padding."""
+    iou = pairwise_iou(targets.boxes, anchors)
+    return iou.masked_fill(~(targets.present[:, :, None] & valid[:, None]), 0)
+
+
+def valuable_region(
+    anchors: Sequence[Tensor],
+    valid: Tensor,
+    targets: Targets,
+    iou: Tensor,
+    *,
+    gamma: float = 0.25,
+    top_k: int = 9,
+) -> Tensor:
+    """LD's valuable localization region (arXiv 2102.12252): anchors that are nearly positive.
+
+    With t the IoU from which ATSS takes a candidate of a box, an anchor is in the region of that
+    box where gamma * t <= DIoU < t. Its centre may lie anywhere, and it may be positive.
+
+    Args:
+        anchors: per level (H*W, 4) xyxy pixels, one anchor per location.
+        valid: (B, P) bool; others are never in a region.
+        targets: the ground truth, at least one slot per image.
+        iou: (B, N, P) of `possible_iou`.
+        gamma: share of t at which the region ends, 0..1.
+        top_k: candidates per box and level, of which t is made.
+
+    Returns:
+        (B, P) the greatest IoU with a box in whose region the anchor is, 0 where in none.
+    """
+    threshold = _atss_candidates(anchors, valid, targets, top_k).threshold
+    diou = iou - pairwise_center_penalty(targets.boxes, torch.cat(list(anchors)))
+    inside = (diou >= gamma * threshold) & (diou < threshold)
+    return torch.where(inside, iou, 0).amax(1)  # the IoU of padding is 0 already
+
+
+def imitation_region(iou: Tensor, *, share: float = 0.5) -> Tensor:
+    """FGFI's region (arXiv 1906.03609): anchors near the best one of some box.
+
+    Args:
+        iou: (B, N, P) of `possible_iou`.
+        share: of the best IoU of a box, above which an anchor is near it.
+
+    Returns:
+        (B, P) bool.
+    """
+    return (iou > share * iou.amax(2, keepdim=True)).any(1)
 
 
 def assign_points(
@@ -197,6 +248,37 @@ def _fitting_areas(
         inside &= away < radius * stride
     fits = inside & (farthest >= low_high[0]) & (farthest <= low_high[1])
     return torch.where(fits & targets.present[:, :, None], area(boxes), torch.inf)
+
+
+@dataclass(frozen=True)
+class _Candidates:
+    """The nearest anchors of every box, and from which IoU on ATSS takes them.
+
+    Attributes:
+        index: (B, N, T) int64, 0..P-1.
+        boxes_xyxy: (B, N, T, 4) pixels.
+        usable: (B, N, T) bool: which are valid anchors.
+        iou: (B, N, T) with the box.
+        threshold: (B, N, 1) mean plus unbiased deviation of the usable IoUs; 0 without any.
+    """
+
+    index: Tensor
+    boxes_xyxy: Tensor
+    usable: Tensor
+    iou: Tensor
+    threshold: Tensor
+
+
+def _atss_candidates(
+    anchors: Sequence[Tensor], valid: Tensor, targets: Targets, top_k: int
+) -> _Candidates:
+    index, usable = _nearest_per_level(anchors, valid, targets, top_k)
+    chosen = torch.cat(list(anchors))[index]
+    iou = elementwise_iou(targets.boxes[:, :, None], chosen)
+    count = usable.sum(-1, keepdim=True)
+    mean = (iou * usable).sum(-1, keepdim=True) / count.clamp(min=1)
+    variance = ((iou - mean).square() * usable).sum(-1, keepdim=True) / (count - 1).clamp(min=1)
+    return _Candidates(index, chosen, usable, iou, mean + variance.sqrt())
 
 
 def _nearest_per_level(

@@ -19,6 +19,7 @@ TITLES = {
     "crosskd": "CrossKD",
     "crosskd_roi": "CrossKD (RoI)",
     "mimic": "mimicking",
+    "ld": "LD",
     "feature": "feature imitation",
     "soft_label": "soft labels",
     "pkd": "PKD",
