@@ -271,7 +271,7 @@ def test_images_without_boxes(counts):
 
 
 def test_weights_are_factors():
-    weights = {"ld_weight": 2.0, "vlr_weight": 3.0, "cls_weight": 4.0, "feature_weight": 5.0}
+    weights = {"main_weight": 2.0, "vlr_weight": 3.0, "cls_weight": 4.0, "feature_weight": 5.0}
     for options, wanted in ((weights, [2, 3, 4, 5]), ({}, [0.25, 0.25, 10, 2])):
         distiller, losses = distil(narrow(), narrow(seed=1), **options)
         assert distiller.methods["ld"].weights == dict(zip(TERMS, wanted, strict=True))

@@ -48,7 +48,7 @@ class LD(Method):
         cls: compare the classes; False also takes a teacher of other classes.
         vlr: compare the boxes in the VLR.
         feature: compare the features.
-        ld_weight: factor of `ld/main`.
+        main_weight: factor of `ld/main`.
         vlr_weight: factor of `ld/vlr`.
         cls_weight: factor of `ld/cls`.
         feature_weight: factor of `ld/feature`.
@@ -64,7 +64,7 @@ class LD(Method):
         cls: bool = True,
         vlr: bool = True,
         feature: bool = True,
-        ld_weight: float = 0.25,
+        main_weight: float = 0.25,
         vlr_weight: float = 0.25,
         cls_weight: float = 10.0,
         feature_weight: float = 2.0,
@@ -80,7 +80,7 @@ class LD(Method):
             raise UserError(f"ld: gamma is {gamma}; expected a number between 0 and 1")
         wanted = {"main": True, "cls": cls, "vlr": vlr, "feature": feature}
         weights = {
-            "main": ld_weight,
+            "main": main_weight,
             "cls": cls_weight,
             "vlr": vlr_weight,
             "feature": feature_weight,
