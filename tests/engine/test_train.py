@@ -173,6 +173,20 @@ def test_a_run_from_before_biases_had_settings_goes_on(recipe, tmp_path, monkeyp
     assert_same_weights(tmp_path / "whole", out)
 
 
+@pytest.mark.parametrize("known", [True, False])
+def test_processor_time_goes_on_after_a_stop_if_it_was_known(recipe, tmp_path, monkeypatch, known):
+    settings = stopped_after_two(recipe, tmp_path, monkeypatch, max_steps=4)
+    state = torch.load(tmp_path / "last.ckpt", weights_only=True)
+    assert 0 < state["processor_seconds"]
+    state["processor_seconds"] = 1000.0
+    if not known:
+        del state["processor_seconds"]
+    torch.save(state, tmp_path / "last.ckpt")
+    train(settings, tmp_path, resume=True)
+    found = json.loads((tmp_path / "run.json").read_text())["processor_seconds"]
+    assert 1000 < found < 2000 if known else found is None
+
+
 def test_biases_learn_at_their_own_rate_also_after_a_stop(recipe, tmp_path, monkeypatch):
     step, rates = torch.optim.SGD.step, []
 

@@ -107,8 +107,8 @@ class Blurred(nn.Module):
 class World:
     """Replaces training and loading; counts what is asked of it.
 
-    `skills` maps an arm ("teacher", "student", "crosskd", ...) to 0..1; `seconds` to the time
-    that a run claims to have taken.
+    `skills` maps an arm ("teacher", "student", "crosskd", ...) to 0..1; `seconds` and
+    `processor_seconds` to the times that a run claims to have taken.
     """
 
     def __init__(self, dataset, skills=None, seconds=None, eval_aps=None):
@@ -117,6 +117,7 @@ class World:
         self.skills |= {"student_same_time": 0.53} | (skills or {})
         self.seconds = {"teacher": 200, "student": 100, "crosskd": 150, "pkd": 125, "tf_head": 130}
         self.seconds |= {"student_same_time": 150} | (seconds or {})
+        self.processor_seconds: dict[str, float] = {}
         self.eval_aps = eval_aps
         self.trained: list[str] = []
         self.loaded: list[str] = []
@@ -136,6 +137,7 @@ class World:
         (out / "model.safetensors").write_text(json.dumps(facts))
         (out / "model.json").write_text("{}")
         status = {"done": True, "seconds": self.seconds[arm], "steps": steps, "best_ap": 0.5}
+        status["processor_seconds"] = self.processor_seconds.get(arm)
         (out / "run.json").write_text(json.dumps(status))
         return RunResult(out, self.seconds[arm], steps, 0.5)
 

@@ -346,6 +346,14 @@ def test_equal_times_need_no_second_control(recipe, world, tmp_path):
     assert "took no longer than the student alone" in (tmp_path / "study/results.md").read_text()
 
 
+@pytest.mark.parametrize(("student", "epochs"), [(50, 24), (None, 12)])
+def test_processor_time_counts_where_all_runs_know_it(recipe, world, tmp_path, student, epochs):
+    world.processor_seconds = {"student": student, "crosskd": 150}
+    arms = run_study(recipe, tmp_path / "study", seeds=[0])
+    assert [run.epochs for run in arms[-1].runs] == [epochs]
+    assert arms[1].seconds == 100, "what is told is the time of the clock"
+
+
 def test_part_of_an_epoch_more_counts_as_one(recipe, world, tmp_path):
     world.seconds["crosskd"] = 113
     arms = run_study(recipe, tmp_path / "study", seeds=[0])

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from detdistill.study.runs import read_log
+from detdistill.study.runs import comparable_times, read_log
 from detdistill.study.summary import (
     Arm,
     gap_closed,
@@ -218,6 +218,16 @@ def test_printed_without_a_terminal_it_is_plain(capsys):
     assert "\x1b" not in text
     assert text.startswith(plain_table(arms()))
     assert "A sentence." in text and "Warning: A caveat." in text
+
+
+def test_times_that_can_be_compared():
+    busy = [score(seed, 30.0, seconds=300.0) for seed in (0, 1)]
+    quiet = [score(seed, 30.0, seconds=100.0 + 20 * seed) for seed in (0, 1)]
+    assert comparable_times(busy, quiet) == [300, 110]
+    known = [replace(run, processor_seconds=90.0) for run in busy]
+    assert comparable_times(known, quiet) == [300, 110]
+    alike = [replace(run, processor_seconds=run.seconds) for run in quiet]
+    assert comparable_times(known, alike) == [90, 110]
 
 
 @pytest.mark.parametrize(

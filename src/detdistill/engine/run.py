@@ -96,6 +96,8 @@ class Run:
         self.steps_per_epoch = len(batches)
         self.total_steps = run_length(recipe, self.steps_per_epoch)
         self.step, self.seconds = 0, 0.0
+        # On a GPU the processor only waits; a checkpoint of before does not know it.
+        self.processor_seconds = 0.0 if fabric.device.type == "cpu" else None
         self.best_ap, self.val_ap, self.teacher_ap = -1.0, -1.0, -1.0  # -1: not known
         torch.manual_seed(recipe.seed + 1 + fabric.global_rank)
         if state is not None:
@@ -261,6 +263,7 @@ class Run:
         state = {
             "step": self.step,
             "seconds": self.seconds,
+            "processor_seconds": self.processor_seconds,
             "best_ap": self.best_ap,
             "val_ap": self.val_ap,
             "teacher_ap": self.teacher_ap,
@@ -273,6 +276,12 @@ class Run:
         if self.speaks:
             write_next_checkpoint(self._checkpoint, state)
             self._unproven = True
+
+    def add_time(self, seconds: float, processor_seconds: float) -> None:
+        """The time of a step: that of the clock, and of this process on all its cores."""
+        self.seconds += seconds
+        if self.processor_seconds is not None:
+            self.processor_seconds += processor_seconds
 
     def keep_checkpoint(self) -> None:
         """Called when the loss of the present weights was finite: they are worth keeping."""
@@ -300,6 +309,7 @@ class Run:
 
     def _restore(self, state: dict[str, Any]) -> None:
         self.step, self.seconds = state["step"], state["seconds"]
+        self.processor_seconds = state.get("processor_seconds")
         self.best_ap, self.val_ap = state["best_ap"], state["val_ap"]
         self.teacher_ap = state["teacher_ap"]
         self.distiller.load_state_dict(state["distiller"])
@@ -318,8 +328,14 @@ class Run:
             )
 
     def _write_status(self, done: bool) -> None:
-        status = {"done": done, "steps": self.step, "seconds": self.seconds}
-        write_json(self.out / "run.json", {**status, "best_ap": self.best_ap})
+        status = {
+            "done": done,
+            "steps": self.step,
+            "seconds": self.seconds,
+            "processor_seconds": self.processor_seconds,
+            "best_ap": self.best_ap,
+        }
+        write_json(self.out / "run.json", status)
 
     def finish(self) -> RunResult:
         """Writes the final student; doing it again changes nothing."""

@@ -81,11 +81,11 @@ def _loop(run: Run) -> RunResult:
     run.module.train()
     with closing(run.batches.batches(run.step)) as batches:
         while run.step < run.total_steps:
-            start = time.perf_counter()
+            start, worked = time.perf_counter(), time.process_time()
             rate = _optimize(run, batches)
             run.step += 1
             seconds = time.perf_counter() - start
-            run.seconds += seconds
+            run.add_time(seconds, time.process_time() - worked)
             run.report(rate, run.recipe.batch_size / seconds)
         _prove(run, next(batches))
     run.compare_with_teacher()

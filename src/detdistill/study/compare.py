@@ -36,6 +36,7 @@ from detdistill.study.plan import (
 from detdistill.study.report import write_report
 from detdistill.study.runs import (
     RunScore,
+    comparable_times,
     study_device,
     test_once,
     train_and_test,
@@ -189,7 +190,8 @@ class _Study:
     def same_time(self, control: Recipe, scores: dict[str, RunScore]) -> RunScore:
         """A control that trains at least as long as the slowest distilled run of its seed took."""
         done = scores["student"]
-        ratio = max(_seconds(score) for score in scores.values()) / _seconds(done)
+        own, *others = comparable_times([done], *([score] for score in scores.values()))
+        ratio = max(own, *others) / own
         # Part of an epoch counts as one; a twentieth of the time is noise.
         epochs = max(control.epochs, math.ceil(control.epochs * (ratio - 0.05)))
         if epochs == control.epochs:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import statistics
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -48,6 +49,8 @@ class RunScore:
         epochs: how long it trained; None as above.
         gain_interval: of a distilled run: 95 % of its gains in AP (0..1) over the control of the
             same seed, over resampled test images.
+        processor_seconds: training time of its process on all cores; None where it was not on a
+            CPU, or not known.
     """
 
     seed: int
@@ -59,6 +62,19 @@ class RunScore:
     seconds: float | None
     epochs: int | None
     gain_interval: tuple[float, float] | None = None
+    processor_seconds: float | None = None
+
+
+def comparable_times(*groups: Sequence[RunScore]) -> list[float]:
+    """The mean training time of each group of runs, in a measure that all of them have.
+
+    On a CPU that is the time of the process, of which other work on the machine takes little,
+    otherwise that of the clock.
+    """
+    times = [[run.processor_seconds for run in group] for group in groups]
+    if any(time is None for group in times for time in group):
+        times = [[run.seconds for run in group] for group in groups]
+    return [statistics.fmean(time or 0.0 for time in group) for group in times]
 
 
 def train_and_test(recipe: Recipe, folder: Path) -> RunScore:
@@ -69,9 +85,14 @@ def train_and_test(recipe: Recipe, folder: Path) -> RunScore:
         else:
             train(recipe, folder, resume=True)
     tested = test_once(folder / WEIGHTS, recipe, folder, lambda: load_detector(folder))
-    seconds = float(read_json(folder / STATUS)["seconds"])
+    status = read_json(folder / STATUS)
     return RunScore(
-        seed=recipe.seed, folder=folder, seconds=seconds, epochs=recipe.epochs, **tested
+        seed=recipe.seed,
+        folder=folder,
+        seconds=float(status["seconds"]),
+        epochs=recipe.epochs,
+        processor_seconds=status.get("processor_seconds"),
+        **tested,
     )
 
 

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from detdistill.study.runs import RunScore, read_log
+from detdistill.study.runs import RunScore, comparable_times, read_log
 
 Kind = Literal["teacher", "control", "method", "same_time"]
 
@@ -159,18 +159,19 @@ def verdicts(arms: Sequence[Arm]) -> list[str]:
     teacher, control = arm_of(arms, "teacher"), control_of(arms)
     same_time = next(arm for arm in arms if arm.kind == "same_time")
     methods = [arm for arm in arms if arm.kind == "method"]
-    slowest = max(arm.seconds or 0.0 for arm in methods)
+    own, *times = comparable_times(control.runs, *(arm.runs for arm in methods))
     sentences = []
-    for arm in methods:
+    for arm, time in zip(methods, times, strict=True):
         gains = paired_gains(arm, same_time)
-        as_long = (arm.seconds or 0.0) >= AS_LONG * slowest
+        as_long = time >= AS_LONG * max(times)
         behind = as_long and max(gains) <= 0
         caveat = " at equal steps, not at equal training time" if behind else ""
         text = verdict(arm.title, paired_gains(arm, control), caveat)
         if teacher is not None:
             text += _against_teacher(arm, control, teacher)
         sentences.append(text)
-        sentences.append(_against_same_time(arm, gains, same_time, control, as_long))
+        given = "" if as_long or not own else f"{arm.title} itself took {time / own:.2g}"
+        sentences.append(_against_same_time(arm, gains, same_time, control, given))
     return sentences
 
 
@@ -234,9 +235,12 @@ def _within_noise(arm: Arm) -> list[str]:
 
 
 def _against_same_time(
-    arm: Arm, gains: list[float], same_time: Arm, control: Arm, as_long: bool
+    arm: Arm, gains: list[float], same_time: Arm, control: Arm, faster: str
 ) -> str:
-    """What the control with more time says; it had that of the slowest method."""
+    """What the control with more time says: that of the slowest method.
+
+    `faster` says of another how long it took, as a share of the control's time.
+    """
     epochs = [run.epochs for run in same_time.runs if run.epochs is not None]
     base = [run.epochs for run in control.runs if run.epochs is not None]
     factor = statistics.fmean(epochs) / statistics.fmean(base)
@@ -244,11 +248,10 @@ def _against_same_time(
         return "Distillation took no longer than the student alone, which so had the same time."
     reach = f" (seeds {min(gains):+.1f} to {max(gains):+.1f})" if len(gains) > 1 else ""
     given = f"the same training time ({factor:.2g} x the epochs)"
-    if not as_long and arm.seconds and control.seconds:
-        own = arm.seconds / control.seconds
+    if faster:
         given = (
-            f"the time of the slowest method ({factor:.2g} x the epochs; {arm.title} itself took "
-            f"{own:.2g} x the student's time)"
+            f"the time of the slowest method ({factor:.2g} x the epochs; {faster} x the student's "
+            f"time)"
         )
     return (
         f"Against the student alone given {given}: "
