@@ -59,7 +59,12 @@ def of_head(**options):
     return named_schedules({"head": method})
 
 
-@pytest.mark.parametrize("options", [{"warmup": 50}, {"akd": False, "ckd": False}])
+CKD_ALONE = {"akd": False, "ckd": True, "ckd_warmup": 0, "ckd_start": 500}
+ASSISTANT = {"akd": False, "ckd": False}
+WARM = {"assistant_warmup": True, "start": 5000, "warmup": 50}
+
+
+@pytest.mark.parametrize("options", [{"warmup": 50}, ASSISTANT, CKD_ALONE, {**ASSISTANT, **WARM}])
 def test_methods_that_act_in_time(options):
     assert check_schedules(of_head(**options), 1000) == []
 
@@ -73,12 +78,13 @@ def test_methods_that_act_in_time(options):
         ({"start": 500, "warmup": 1000}, "problem", "reach 50%"),
         ({"warmup": 9, "ckd_start": 1000}, "problem", "head's CKD starts at step 1000"),
         ({"warmup": 9, "ckd_warmup": 200}, "warning", "head's CKD warms up over 200 steps"),
+        ({**ASSISTANT, **WARM, "warmup": 2000}, "problem", "head warms up over 2000 steps"),
     ],
 )
 def test_methods_that_act_too_late(options, level, part):
     [found] = check_schedules(of_head(**options), 1000)
     assert found.level == level and part in found.text
-    own = next((key for key in options if key.startswith("ckd")), "")
+    own = next((key for key in options if key.startswith("ckd_")), "")
     assert f"--set methods.head.{own}" in found.advice
 
 

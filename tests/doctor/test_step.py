@@ -86,7 +86,9 @@ def test_methods_are_measured_at_full_strength(recipe):
     methods = [create_method("pkd", **late), create_method("crosskd", stop=30)]
     assert full_strength(methods) == 60
     assert full_strength([create_method("pkd", warmup=50, stop=20)]) == 19
-    assert full_strength([create_method("head", warmup=50, ckd_start=70)]) == 120
+    head = create_method("head", warmup=50, ckd_start=70)
+    head.prepare(narrow("retinanet_r18"), narrow("faster_rcnn_r18"))
+    assert full_strength([head]) == 120
     assert full_strength([]) == 0
     found = measure_gradients(distiller, make_batch(), recipe, 60)
     term = found.terms["pkd/feature"]

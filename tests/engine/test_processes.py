@@ -37,6 +37,27 @@ def run(arguments):
     assert done.returncode == 0, done.stderr[-3000:]
 
 
+def test_a_batch_system_ends_all_processes_of_a_run_together(recipe, tmp_path):
+    settings = recipe(epochs=1000, workers=2, log_every=1, eval_every=1000)
+    out = tmp_path / "run"
+    with subprocess.Popen(
+        command(settings, out, tmp_path),
+        env=environment(),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    ) as process:
+        metrics = out / "metrics.jsonl"
+        while process.poll() is None and not (metrics.exists() and '"step"' in metrics.read_text()):
+            time.sleep(0.05)
+        os.killpg(process.pid, signal.SIGTERM)
+        told = process.communicate()[1]
+    assert process.returncode == 130, told
+    assert "this goes on from the last checkpoint: detdistill train" in told
+    assert "Traceback" not in told and "DataLoader worker" not in told
+
+
 @pytest.mark.slow
 def test_killed_ten_times_and_resumed_ends_with_the_same_bits(recipe, tmp_path):
     settings = recipe(epochs=60, workers=2, checkpoint_every=5, eval_every=20, log_every=5)

@@ -82,10 +82,11 @@ def test_a_distilled_run_logs_its_terms_and_saves_the_student_alone(recipe, teac
 
 def test_a_teacher_that_nothing_learns_from_costs_nothing(recipe, teacher, tmp_path, monkeypatch):
     given = {"max_steps": 1, "student": "retinanet_r18", "teacher": teacher}
-    alone = {"head": {"akd": False, "ckd": False}}  # reads the form of the teacher's head
-    out = tmp_path / "assistant"
-    train(recipe(**given, methods=alone), out)
-    assert lines(out, "teacher") == [], "it was evaluated"
+    alone = {"akd": False, "ckd": False}  # reads the form of the teacher's head, or its weights
+    for name, options in (("fresh", alone), ("copy", alone | {"assistant_weights": "teacher"})):
+        out = tmp_path / name
+        train(recipe(**given, methods={"head": options}), out)
+        assert lines(out, "teacher") == [], "it was evaluated"
     assert json.loads((out / "model.json").read_text())["provenance"]["teacher"] == teacher
     monkeypatch.setattr("detdistill.engine.build.load_detector", None)  # loading it would fail
     out = tmp_path / "tf_head"

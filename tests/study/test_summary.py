@@ -223,11 +223,11 @@ def test_printed_without_a_terminal_it_is_plain(capsys):
 def test_times_that_can_be_compared():
     busy = [score(seed, 30.0, seconds=300.0) for seed in (0, 1)]
     quiet = [score(seed, 30.0, seconds=100.0 + 20 * seed) for seed in (0, 1)]
-    assert comparable_times(busy, quiet) == [300, 110]
+    assert comparable_times(busy, quiet) == ("time", [300, 110])
     known = [replace(run, processor_seconds=90.0) for run in busy]
-    assert comparable_times(known, quiet) == [300, 110]
+    assert comparable_times(known, quiet) == ("time", [300, 110])
     alike = [replace(run, processor_seconds=run.seconds) for run in quiet]
-    assert comparable_times(known, alike) == [90, 110]
+    assert comparable_times(known, alike) == ("processor time", [90, 110])
 
 
 @pytest.mark.parametrize(

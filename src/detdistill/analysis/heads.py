@@ -60,9 +60,10 @@ def load_assistant(run: Path, pair: Pair) -> DenseAssistant | RoIAssistant | Non
         method.prepare(pair.student, pair.teacher if own else None)
         method.load_state_dict(weights)
     except (UserError, RuntimeError):
+        advice = f"give the run's own teacher, {own}" if own else "give the run's own student"
         raise UserError(
-            f"The assistant of {run} is not of the kind of {pair.teacher.name}'s head; give the "
-            f"run's own teacher, {own}."
+            f"The assistant of {run} is not of the kind of {pair.teacher.name}'s head, or not of "
+            f"this student's pyramid; {advice}."
         ) from None
     if not own and not _looks_at_the_same(pair.teacher, method.link.assistant):
         raise UserError(

@@ -154,12 +154,16 @@ def main(argv: list[str] | None = None) -> None:
 
 @contextmanager
 def _termination_as_interruption() -> Iterator[None]:
-    """SIGTERM, by which batch systems and `kill` stop a program, says how to go on like Ctrl+C."""
-    if threading.current_thread() is not threading.main_thread():  # others may not set handlers
+    """SIGTERM, by which batch systems and `kill` stop a program, says how to go on like Ctrl+C.
+
+    Unless someone has decided what it does; other threads than the first may not.
+    """
+    first = threading.current_thread() is threading.main_thread()
+    if not first or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
         yield
         return
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)

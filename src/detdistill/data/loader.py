@@ -267,7 +267,10 @@ def _start_worker(worker: int) -> None:
 
 
 def _end_after_parent(*_: Any) -> None:
-    """Where all processes are told to end together, a worker that goes first looks like a fault."""
+    """Where all processes are told to end together, a worker that goes first looks like a fault.
+
+    It replaces torch's own handler, by which a worker that its parent gives up ends at once.
+    """
     time.sleep(2.0)
     os._exit(0)
 

@@ -124,16 +124,15 @@ def same_bins(student: DenseDetector, teacher: DenseDetector) -> bool:
     return len(coded) == 1 and teacher.box_coding == "distribution"
 
 
-def check_same_bins(
+def unequal_bins(
     student: DenseDetector, teacher: DenseDetector, what: str, way_out: str
-) -> None:
-    """Refuses a pair that is not `same_bins`; `what` needs it, `way_out` says what to do."""
-    if not same_bins(student, teacher):
-        names = " and ".join(dict.fromkeys((teacher.name, student.name)))
-        raise UserError(
-            f"{what} needs distance distributions over the same bins on both sides, not predicted "
-            f"by {names}; {way_out}"
-        )
+) -> UserError:
+    """For a pair that is not `same_bins`; `what` needs it, `way_out` says what to do."""
+    names = " and ".join(dict.fromkeys((teacher.name, student.name)))
+    return UserError(
+        f"{what} needs distance distributions over the same bins on both sides, not predicted "
+        f"by {names}; {way_out}"
+    )
 
 
 def align_statistics(student: Tensor, teacher: Tensor) -> Tensor:

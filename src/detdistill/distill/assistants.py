@@ -45,17 +45,26 @@ class AssistedMethod(Method):
     ckd_timing: Mapping[str, int] = {}
 
     @property
-    def part_schedules(self) -> Mapping[str, Schedule]:
-        """That of CKD, where it is not that of all that is distilled."""
-        own = {**vars(self.schedule), **self.ckd_timing}
-        return {"ckd": Schedule(**own)} if self.ckd_timing else {}
+    def schedules(self) -> Mapping[str, Schedule]:
+        """By which its terms go: CKD by one of its own, if it has; none where it would be idle."""
+        own = {"ckd": self._schedule_of("ckd")} if self.ckd_timing else {}
+        if any(term not in self.truth_terms and part_of(term) not in own for term in self.weights):
+            return {"": self.schedule, **own}
+        return {"": self._of_truth, **own} if self.assistant_warmup else own
+
+    def _schedule_of(self, part: str) -> Schedule:
+        timing = self.ckd_timing if part == "ckd" else {}
+        return Schedule(**{**vars(self.schedule), **timing})
+
+    @property
+    def _of_truth(self) -> Schedule:
+        """By which the assistants learn from the ground truth."""
+        return Schedule(warmup=self.schedule.warmup if self.assistant_warmup else 0)
 
     def factor(self, term: str, iteration: int) -> float:
         """Of a term's weight after `iteration` steps."""
-        if term not in self.truth_terms:
-            return self.part_schedules.get(part_of(term), self.schedule).factor(iteration)
-        warmup = self.schedule.warmup if self.assistant_warmup else 0
-        return Schedule(warmup=warmup).factor(iteration)
+        own = self._of_truth if term in self.truth_terms else self._schedule_of(part_of(term))
+        return own.factor(iteration)
 
     def is_taught(self, iteration: int) -> bool:
         """Whether something is distilled after `iteration` steps, and by a teacher."""

@@ -139,8 +139,8 @@ class HEAD(AssistedMethod):
         super().__init__()
         check_choice("head: ckd_projector", ckd_projector, PROJECTORS)
         check_choice("head: assistant_weights", assistant_weights or "fresh", get_args(Weights))
-        self.needs_teacher = akd or ckd is not False or assistant_weights == "teacher"
         self.assistant_weights = assistant_weights
+        self.needs_teacher = akd or ckd is not False or assistant_weights == "teacher"
         self.settings = Settings(
             akd, ckd, akd_weight, ckd_weight, assistant_warmup, ckd_projector, proposals
         )
@@ -154,12 +154,7 @@ class HEAD(AssistedMethod):
             require_own_head(model, "head")
         if teacher is not None:
             _check_pair(student, teacher)
-        if isinstance(teacher, DenseDetector):
-            self.settings = self.settings.completed(
-                akd_weight=1.0, ckd=False, ckd_weight=1.0, assistant_warmup=True
-            )
-        else:
-            self.settings = _for_roi_assistant(self.settings, student)
+        self.settings = _completed(self.settings, student, teacher)
         _check_ckd_timing(self.ckd_timing, self.schedule, ckd=bool(self.settings.ckd))
         pattern = self._pattern(teacher)
         if isinstance(pattern, DenseDetector):
@@ -171,6 +166,7 @@ class HEAD(AssistedMethod):
         self.assistant_warmup = bool(self.settings.assistant_warmup)
         self.weights = self.link.weights
         self.truth_terms = frozenset(t for t in self.weights if t.startswith("assistant"))
+        self.needs_teacher = self.weights.keys() > self.truth_terms
 
     def _pattern(self, teacher: FPNDetector | None) -> FPNDetector | None:
         """Whose head the assistant copies: the teacher, or an untrained detector like it."""
@@ -217,7 +213,9 @@ def _check_ckd_timing(own: Mapping[str, int], of_akd: Schedule, *, ckd: bool) ->
         )
 
 
-def _for_roi_assistant(settings: Settings, student: FPNDetector) -> Settings:
+def _completed(settings: Settings, student: FPNDetector, teacher: FPNDetector | None) -> Settings:
+    if isinstance(teacher, DenseDetector):
+        return settings.completed(akd_weight=1.0, ckd=False, ckd_weight=1.0, assistant_warmup=True)
     if isinstance(student, TwoStageDetector):
         return settings.completed(akd_weight=1.0, ckd=False, ckd_weight=2.0, assistant_warmup=True)
     fcos = student.family == "fcos"

@@ -18,9 +18,10 @@ from detdistill.detectors.base import FPNDetector
 from detdistill.distill.adapters import (
     channel_adapter,
     check_same_anchors,
-    check_same_bins,
     check_same_classes,
     require_dense,
+    same_bins,
+    unequal_bins,
 )
 from detdistill.distill.method import METHODS, Method, Step
 from detdistill.errors import UserError
@@ -93,7 +94,8 @@ class LD(Method):
         teacher = require_dense(teacher, "ld", "teacher")
         student = require_dense(student, "ld", "student")
         way_out = "choose two GFLs of one reg_max, or crosskd, which does not need them to agree"
-        check_same_bins(student, teacher, "ld", way_out)
+        if not same_bins(student, teacher):
+            raise unequal_bins(student, teacher, "ld", way_out)
         check_same_anchors(student, teacher, "ld")
         if "cls" in self.weights:
             check_same_classes(student, teacher, "ld")

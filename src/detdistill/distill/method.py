@@ -101,9 +101,9 @@ class Method(nn.Module):
     prepared = False
 
     @property
-    def part_schedules(self) -> Mapping[str, Schedule]:
-        """Of the terms that have one of their own, by the beginning of their names."""
-        return {}
+    def schedules(self) -> Mapping[str, Schedule]:
+        """By which its terms go, by the beginning of their names; "" for all that remain."""
+        return {"": self.schedule}
 
     def prepare(self, student: FPNDetector, teacher: FPNDetector | None) -> None:
         """Checks the pair and builds adapters; called once, before the first batch.

@@ -33,8 +33,8 @@ class PKD(Method):
         weight: factor of `pkd/feature`; None takes the published one of the teacher's family.
         levels: how many of the teacher's levels, from the finest; None takes all.
         match: which levels meet: those of one "stride", or the finest with the finest and so on, by
-            "order", as in PKD's own comparisons of unlike pyramids; the teacher's maps are then
-            resized to the student's.
+            "order", as in PKD's own comparisons of unlike pyramids; the student's maps are then
+            resized to the teacher's.
     """
 
     teacher_stage = "pyramid"
@@ -63,7 +63,7 @@ class PKD(Method):
                 f"pyramid levels; choose 1 to {len(strides)}"
             )
         if self.by_order:
-            self.levels = list(range(min(len(strides), len(student.strides))))
+            self.levels = self._in_order(student, len(strides))
         else:
             way_out = "set match to 'order'"
             self.levels = match_levels(student.strides, strides, "pkd", way_out)
@@ -71,25 +71,34 @@ class PKD(Method):
         self.weights = {"feature": weight if self.weight is None else self.weight}
         self.adapter = channel_adapter(student.pyramid_channels, teacher.pyramid_channels)
 
+    def _in_order(self, student: FPNDetector, wanted: int) -> list[int]:
+        """All levels that there are, or as many as the user wants."""
+        found = len(student.strides)
+        if self.level_count is not None and found < wanted:
+            raise UserError(
+                f"pkd: levels is {wanted}, but {student.name} has {found} pyramid levels; choose 1 "
+                f"to {found}"
+            )
+        return list(range(min(found, wanted)))
+
     def forward(self, step: Step) -> dict[str, Tensor]:
         """Raw term `feature`."""
         assert step.teacher is not None
-        pairs = zip(self.levels, step.teacher.pyramid, strict=False)
-        losses = [
-            pattern_difference(self.adapter(step.student.pyramid[level]), teacher)
-            for level, teacher in pairs
-        ]
+        losses = []
+        for level, teacher in zip(self.levels, step.teacher.pyramid, strict=False):
+            student = self.adapter(step.student.pyramid[level])
+            if self.by_order:
+                size = teacher.shape[-2:]
+                student = F.interpolate(student.float(), size, mode="bilinear")
+            losses.append(pattern_difference(student, teacher))
         return {"feature": torch.stack(losses).sum()}
 
 
 def pattern_difference(student: Tensor, teacher: Tensor) -> Tensor:
     """Half the mean squared difference of two standardised (B, C, H, W) maps (PKD eq. 6).
 
-    The teacher's map is resized where they differ. A map of one element per channel has no
-    pattern: 0, tied to the student.
+    A map of one element per channel has no pattern: 0, tied to the student.
     """
-    if teacher.shape[-2:] != student.shape[-2:]:
-        teacher = F.interpolate(teacher.float(), student.shape[-2:], mode="bilinear")
     if student.numel() == student.shape[1]:
         return student.sum() * 0
     return (standardize(student) - standardize(teacher)).square().mean() / 2

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from detdistill.detectors.dense import DenseDetector
-from detdistill.distill.adapters import check_same_bins, same_bins
+from detdistill.distill.adapters import same_bins, unequal_bins
 from detdistill.errors import UserError
 from detdistill.registry import check_choice
 
@@ -113,7 +113,7 @@ def _comparable(
     if same_bins(teacher, predictor):
         return published
     if box_loss == "kl":
-        check_same_bins(predictor, teacher, f"{method}: box_loss 'kl'", "use box_loss 'giou'")
+        raise unequal_bins(predictor, teacher, f"{method}: box_loss 'kl'", "use box_loss 'giou'")
     return PUBLISHED[LIKE["deltas"]] if published.box_loss == "kl" else published
 
 

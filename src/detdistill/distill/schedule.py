@@ -52,17 +52,12 @@ NamedSchedule = tuple[str, str, Schedule]
 
 
 def named_schedules(methods: Mapping[str, Method]) -> list[NamedSchedule]:
-    """Of prepared methods, for messages: whom each schedule is of, how its options begin, itself.
-
-    Without those by which nothing goes: HEAD's, where its assistant learns alone.
-    """
+    """Of prepared methods, for messages: whom each is of, how its options begin, itself."""
     named = []
     for name, method in methods.items():
-        turns = (0, method.schedule.start, method.schedule.stop or 0)
-        if any(factor < 1 for turn in turns for factor in method.factors(turn).values()):
-            named.append((name, f"methods.{name}.", method.schedule))
-        for part, own in method.part_schedules.items():
-            named.append((f"{name}'s {part.upper()}", f"methods.{name}.{part}_", own))
+        for part, own in method.schedules.items():
+            whose, options = (f"{name}'s {part.upper()}", f"{part}_") if part else (name, "")
+            named.append((whose, f"methods.{name}.{options}", own))
     return named
 
 

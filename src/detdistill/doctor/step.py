@@ -111,7 +111,7 @@ def full_strength(methods: Sequence[Method]) -> int:
     """
     steps = [0]
     for method in methods:
-        for schedule in (method.schedule, *method.part_schedules.values()):
+        for schedule in method.schedules.values():
             last = math.inf if schedule.stop is None else schedule.stop - 1
             steps.append(int(min(schedule.start + schedule.warmup, last)))
     return max(steps)

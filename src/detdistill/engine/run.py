@@ -96,8 +96,9 @@ class Run:
         self.steps_per_epoch = len(batches)
         self.total_steps = run_length(recipe, self.steps_per_epoch)
         self.step, self.seconds = 0, 0.0
-        # On a GPU the processor only waits; a checkpoint of before does not know it.
-        self.processor_seconds = 0.0 if fabric.device.type == "cpu" else None
+        # On a GPU the processor only waits, and threads that wait for each other count as work.
+        counts = fabric.device.type == "cpu" and torch.get_num_threads() == 1
+        self.processor_seconds = 0.0 if counts else None
         self.best_ap, self.val_ap, self.teacher_ap = -1.0, -1.0, -1.0  # -1: not known
         torch.manual_seed(recipe.seed + 1 + fabric.global_rank)
         if state is not None:
@@ -278,7 +279,7 @@ class Run:
             self._unproven = True
 
     def add_time(self, seconds: float, processor_seconds: float) -> None:
-        """The time of a step: that of the clock, and of this process on all its cores."""
+        """The time of a step: that of the clock, and of this process."""
         self.seconds += seconds
         if self.processor_seconds is not None:
             self.processor_seconds += processor_seconds
@@ -309,7 +310,8 @@ class Run:
 
     def _restore(self, state: dict[str, Any]) -> None:
         self.step, self.seconds = state["step"], state["seconds"]
-        self.processor_seconds = state.get("processor_seconds")
+        if self.processor_seconds is not None:  # a checkpoint of before does not know it
+            self.processor_seconds = state.get("processor_seconds")
         self.best_ap, self.val_ap = state["best_ap"], state["val_ap"]
         self.teacher_ap = state["teacher_ap"]
         self.distiller.load_state_dict(state["distiller"])

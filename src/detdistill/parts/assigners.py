@@ -132,7 +132,7 @@ def valuable_region(
         valid: (B, P) bool; others are never in a region.
         targets: the ground truth, at least one slot per image.
         iou: (B, N, P) of `possible_iou`.
-        gamma: share of t at which the region ends, 0..1.
+        gamma: share of t at which the region begins, 0..1.
         top_k: candidates per box and level, of which t is made.
 
     Returns:

@@ -190,8 +190,8 @@ class _Study:
     def same_time(self, control: Recipe, scores: dict[str, RunScore]) -> RunScore:
         """A control that trains at least as long as the slowest distilled run of its seed took."""
         done = scores["student"]
-        own, *others = comparable_times([done], *([score] for score in scores.values()))
-        ratio = max(own, *others) / own
+        _, (own, *times) = comparable_times([done], *([score] for score in scores.values()))
+        ratio = max(times) / own
         # Part of an epoch counts as one; a twentieth of the time is noise.
         epochs = max(control.epochs, math.ceil(control.epochs * (ratio - 0.05)))
         if epochs == control.epochs:

@@ -49,8 +49,8 @@ class RunScore:
         epochs: how long it trained; None as above.
         gain_interval: of a distilled run: 95 % of its gains in AP (0..1) over the control of the
             same seed, over resampled test images.
-        processor_seconds: training time of its process on all cores; None where it was not on a
-            CPU, or not known.
+        processor_seconds: training time of its process; None where that was not one thread on a
+            CPU, or is not known.
     """
 
     seed: int
@@ -65,16 +65,21 @@ class RunScore:
     processor_seconds: float | None = None
 
 
-def comparable_times(*groups: Sequence[RunScore]) -> list[float]:
+def comparable_times(*groups: Sequence[RunScore]) -> tuple[str, list[float]]:
     """The mean training time of each group of runs, in a measure that all of them have.
 
-    On a CPU that is the time of the process, of which other work on the machine takes little,
-    otherwise that of the clock.
+    That is the time of their processes, of which other work on the machine takes little, where
+    all trained on one thread of a CPU, otherwise that of the clock.
+
+    Returns:
+        The measure, for a sentence, and the times in seconds.
     """
+    measure = "processor time"
     times = [[run.processor_seconds for run in group] for group in groups]
     if any(time is None for group in times for time in group):
+        measure = "time"
         times = [[run.seconds for run in group] for group in groups]
-    return [statistics.fmean(time or 0.0 for time in group) for group in times]
+    return measure, [statistics.fmean(time or 0.0 for time in group) for group in times]
 
 
 def train_and_test(recipe: Recipe, folder: Path) -> RunScore:

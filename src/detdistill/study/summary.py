@@ -159,7 +159,7 @@ def verdicts(arms: Sequence[Arm]) -> list[str]:
     teacher, control = arm_of(arms, "teacher"), control_of(arms)
     same_time = next(arm for arm in arms if arm.kind == "same_time")
     methods = [arm for arm in arms if arm.kind == "method"]
-    own, *times = comparable_times(control.runs, *(arm.runs for arm in methods))
+    measure, (own, *times) = comparable_times(control.runs, *(arm.runs for arm in methods))
     sentences = []
     for arm, time in zip(methods, times, strict=True):
         gains = paired_gains(arm, same_time)
@@ -170,8 +170,8 @@ def verdicts(arms: Sequence[Arm]) -> list[str]:
         if teacher is not None:
             text += _against_teacher(arm, control, teacher)
         sentences.append(text)
-        given = "" if as_long or not own else f"{arm.title} itself took {time / own:.2g}"
-        sentences.append(_against_same_time(arm, gains, same_time, control, given))
+        faster = "" if as_long or not own else f"{time / own:.2g} x the student's {measure}"
+        sentences.append(_against_same_time(arm, gains, same_time, control, faster))
     return sentences
 
 
@@ -250,8 +250,8 @@ def _against_same_time(
     given = f"the same training time ({factor:.2g} x the epochs)"
     if faster:
         given = (
-            f"the time of the slowest method ({factor:.2g} x the epochs; {faster} x the student's "
-            f"time)"
+            f"the time of the slowest method ({factor:.2g} x the epochs; {arm.title} itself took "
+            f"{faster})"
         )
     return (
         f"Against the student alone given {given}: "

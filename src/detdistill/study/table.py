@@ -27,7 +27,8 @@ NOTES = {
     "training": (
         "ms/image: whole prediction at batch 1, NMS included; a distilled student is the same "
         "network. Training: mean time of one run. Same time: the student alone, its schedule "
-        "stretched to the training time of the slowest distilled run (on a CPU: processor time)."
+        "stretched to the training time of the slowest distilled run (processor time, where each "
+        "run had one thread of a CPU)."
     ),
 }
 NONE = "—"
