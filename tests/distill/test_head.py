@@ -212,7 +212,7 @@ def test_where_the_assistant_starts_can_be_chosen():
 
 def test_an_untrained_copy_needs_to_know_how_its_pattern_was_built():
     teacher = FasterRCNN(3, base_channels=8, fpn_channels=16, roi_channels=16)
-    told = "head: the assistant starts untrained in the form of the teacher's head, but how "
+    told = "head: the assistant starts untrained in the form of the teacher's head, but "
     with pytest.raises(UserError, match=told + "faster_rcnn_.* set assistant_weights to 'teacher'"):
         distil("retinanet", teacher, akd=False, ckd=False)
     distil("retinanet", teacher, akd=False, ckd=False, assistant_weights="teacher")

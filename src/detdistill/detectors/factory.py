@@ -93,14 +93,19 @@ def untrained(detector: FPNDetector) -> FPNDetector:
     Raises:
         UserError: when its options are not known, as of a view or of one built from its class.
     """
-    if not detector.options and keywords_of(type(detector)).keys() - {"num_classes"}:
-        raise UserError(
-            f"how {detector.name} was built is not known; use one of create_detector or "
-            f"load_detector"
-        )
+    require_options(detector)
     options = {key: value for key, value in detector.options.items() if key != "pretrained"}
     build: Callable[..., FPNDetector] = type(detector)
     return build(detector.num_classes, **options)
+
+
+def require_options(detector: FPNDetector) -> None:
+    """`UserError` where it does not know its options: nothing could build it again."""
+    if not detector.options and keywords_of(type(detector)).keys() - {"num_classes"}:
+        raise UserError(
+            f"{detector.name} was built from its class, so its options are not known; build it "
+            f"with create_detector or load_detector"
+        )
 
 
 def _check_backbone(name: str) -> None:

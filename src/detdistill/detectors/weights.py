@@ -25,7 +25,7 @@ from detdistill.detectors.checkpoints import (
     without_helpers,
 )
 from detdistill.detectors.dense import DenseDetector
-from detdistill.detectors.factory import create_detector, split_name
+from detdistill.detectors.factory import create_detector, require_options, split_name
 from detdistill.detectors.files import few, fill, read_state, yolo_model
 from detdistill.detectors.torchvision_models import (
     PREFIX,
@@ -36,7 +36,6 @@ from detdistill.detectors.torchvision_models import (
 from detdistill.detectors.view_base import TorchvisionView
 from detdistill.errors import UserError, UserNotice
 from detdistill.recipe import Options, Pixels
-from detdistill.registry import keywords_of
 from detdistill.writing import written
 
 FORMAT = 1
@@ -88,11 +87,8 @@ def save_detector(
     module, options = detector, detector.options
     if isinstance(detector, TorchvisionView):  # the user's model, under the names that it knows
         module, options = detector.model, settings_of(detector)
-    elif not options and keywords_of(type(detector)).keys() - {"num_classes"}:
-        raise UserError(
-            f"{detector.name} was built from its class, so its options are not known; build it "
-            f"with create_detector to save it"
-        )
+    else:
+        require_options(detector)
     facts = {
         "format": FORMAT,
         "detector": detector.name,

@@ -53,8 +53,9 @@ class AssistedMethod(Method):
         return {"": self._of_truth, **own} if self.assistant_warmup else own
 
     def _schedule_of(self, part: str) -> Schedule:
-        timing = self.ckd_timing if part == "ckd" else {}
-        return Schedule(**{**vars(self.schedule), **timing})
+        if part != "ckd" or not self.ckd_timing:
+            return self.schedule
+        return Schedule(**{**vars(self.schedule), **self.ckd_timing})
 
     @property
     def _of_truth(self) -> Schedule:

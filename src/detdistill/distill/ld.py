@@ -8,7 +8,7 @@ of the features, is part of the method here.
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated
 
 import torch
 from annotated_types import Gt, Lt
@@ -114,10 +114,11 @@ class LD(Method):
         sizes = [len(level) for level in anchors]
         counts = [level.sum() for level in torch.split(assignment.positive, sizes, 1)]
         rows = assignment.positive.nonzero(as_tuple=True)
-        logits, target = _of_both(step, "logits", rows)
+        logits = rows_of_maps(step.student.predictions.logits, *rows)
         own_best = logits.detach().sigmoid().amax(-1)
         terms = {"main": self._boxes(step, rows, own_best) / MAIN_DIVISOR}
         if "cls" in self.weights:
+            target = rows_of_maps(step.teacher.predictions.logits, *rows)
             divergence = distribution_kl(logits, target, self.cls_temperature) / logits.shape[-1]
             # Published: the mean over the positives of a level, summed over the levels.
             shares = [1 / count.clamp(min=1) for count in counts]
@@ -139,7 +140,9 @@ class LD(Method):
 
     def _boxes(self, step: Step, rows: Rows, weights: Tensor) -> Tensor:
         """Weighted KL of the sides, mean over the bins, at anchors of weights (M,)."""
-        found, wanted = _of_both(step, "boxes", rows)
+        assert step.teacher is not None
+        found = rows_of_maps(step.student.predictions.boxes, *rows)
+        wanted = rows_of_maps(step.teacher.predictions.boxes, *rows)
         sides = (-1, 4, found.shape[1] // 4)
         found, wanted = found.reshape(sides), wanted.reshape(sides)
         divergence = distribution_kl(found, wanted, self.temperature).sum(1) / sides[-1]
@@ -160,10 +163,3 @@ class LD(Method):
             losses.append((difference * inside).sum() / inside.sum().clamp(min=1))
         # Published: a level without a positive anchor does not learn, whatever is in its region.
         return (torch.stack(losses) * learns).sum()
-
-
-def _of_both(step: Step, prediction: Literal["logits", "boxes"], rows: Rows) -> list[Tensor]:
-    """Predictions (M, D) of student and teacher at some anchors; float32."""
-    assert step.teacher is not None
-    sides = (step.student.predictions, step.teacher.predictions)
-    return [rows_of_maps(getattr(side, prediction), *rows) for side in sides]

@@ -97,7 +97,7 @@ def assign_atss(
     """
     found = _atss_candidates(anchors, valid, targets, top_k)
     boxes, points = targets.boxes[:, :, None], centers_xy(found.boxes_xyxy)
-    inside = torch.cat((points - boxes[..., :2], boxes[..., 2:] - points), -1).amin(-1) > 0.01
+    inside = xyxy_to_ltrb(boxes, points).amin(-1) > 0.01
     good = found.usable & inside & (found.iou >= found.threshold) & targets.present[:, :, None]
     # An anchor wanted by several boxes goes to the one it overlaps most.
     table = found.iou.new_full((*good.shape[:2], valid.shape[1]), -1.0)
