@@ -47,7 +47,9 @@ ARMS = [
     for name in sorted(set(list_recipes()) - set(PUBLISHED))
     for i, arm in enumerate(yaml.safe_load(recipe_path(name).read_text("utf-8")).get("arms", ()))
 ]
-NAMED_METHOD = re.compile(r"--method ([\w+]+)")
+VARIANT = re.compile(
+    r"--method [\w+]+(?: --set methods\.\S+=\w+)*|--set methods\.\S+=\w+(?: --set \S+=\w+)*"
+)
 AP = re.compile(r"\b\d\d\.\d\b")
 ROWS = {
     "crosskd/atss_r50_r101_1x": [
@@ -128,11 +130,13 @@ def one_step(name: str, data: Path, run: Run, size: dict[str, int]) -> None:
     sets = [f"--set={key}={json.dumps(value)}" for key, value in {**SMALL, **changes}.items()]
     arguments = command.replace("=FILE", "=teacher.safetensors").replace("FOLDER", str(data))
     *given, _ = shlex.split(arguments)[2:]  # all but the folder after --out
-    for row, methods in rows_of(name, values).items():
-        out = Path(f"run{row}")
-        chosen = ["--method", row] if row else []
-        code, _, err = run(*given, str(out), *chosen, *sets)
+    for i, (chosen, methods) in enumerate(rows_of(name, values).items()):
+        out = Path(f"run{i}")
+        code, _, err = run(*given, str(out), *chosen.split(), *sets)
         assert code == 0, err
+        stored = yaml.safe_load((out / "recipe.yaml").read_text(encoding="utf-8"))["methods"]
+        for method, option, value in re.findall(r"methods\.(\w+)\.(\w+)=(\w+)", chosen):
+            assert stored[method][option] == yaml.safe_load(value)
         terms = terms_of(out)
         assert {term.split("/")[0] for term in terms} == {"task", *methods}
         [line] = [line for line in err.splitlines() if ": step 1/1, " in line]
@@ -140,11 +144,14 @@ def one_step(name: str, data: Path, run: Run, size: dict[str, int]) -> None:
 
 
 def rows_of(name: str, values: dict[str, Any]) -> dict[str, Collection[str]]:
-    """Methods of each row: of the arms, else of the recipe, and where the header says --method."""
-    rows: dict[str, Collection[str]] = {
-        row: row.split("+") for row in NAMED_METHOD.findall(header_of(name))
-    }
-    return rows | (values.get("arms") or {"": values["methods"]})
+    """What each row adds to the command, with its methods: the arms, and what the header adds."""
+    arms: dict[str, Collection[str]] = values.get("arms") or {}
+    rows: dict[str, Collection[str]] = {f"--method {arm}": arms[arm] for arm in arms}
+    for added in ["", *VARIANT.findall(header_of(name))]:
+        words = added.split()
+        named = words[1] if "--method" in words else None
+        rows[added] = values["methods"] if named is None else arms.get(named, named.split("+"))
+    return rows
 
 
 def terms_of(out: Path) -> list[str]:

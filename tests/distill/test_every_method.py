@@ -1,5 +1,6 @@
 """What every registered method must do with every detector; new ones of both are found here."""
 
+import copy
 from itertools import product
 
 import pytest
@@ -81,14 +82,14 @@ def two_images(seed=0):
     return Batch(images, [(64, 64)] * 2, targets, [1, 2])
 
 
-def put_together(method, student, teacher):
+def put_together(method, student, teacher, **options):
     """A distiller in the midst of training.
 
     Raises:
         UserError: where the method refuses the pair.
     """
     spread_predictions(student, *([teacher] if teacher else []))
-    found = Distiller(student, teacher, {method: create_method(method)}).train()
+    found = Distiller(student, teacher, {method: create_method(method, **options)}).train()
     found.iteration = LATER
     return found
 
@@ -98,10 +99,10 @@ def assert_one_sentence(method, error):
     assert method in sentence and " " in sentence and "\n" not in sentence, sentence
 
 
-def distiller_of(method, student, teacher):
+def distiller_of(method, student, teacher, **options):
     """The same, or None where the pair is refused."""
     try:
-        return put_together(method, student, teacher)
+        return put_together(method, student, teacher, **options)
     except UserError as error:
         assert_one_sentence(method, error)
         return None
@@ -125,14 +126,17 @@ def part_of(parameter):
     return next((part for part in PARTS if f".{part}." in f".{name}"), "predictors")
 
 
-def expected_parts(method, student, teacher):
+def expected_parts(method, distiller):
     """All that the method should teach, or None where nobody has said so."""
+    student, teacher = distiller.student, distiller.teacher
     if isinstance(student, TorchvisionView) or method not in REACHED:
         return None
+    ckd = any(term.startswith("ckd") for term in distiller.methods[method].weights)
     if not isinstance(student, DenseDetector):
-        return BODY | ({"rpn"} if method == "tf_head" else set())
+        heads = {"rpn"} if method == "tf_head" else {"roi_heads"} if ckd else set()
+        return BODY | heads
     if method == "head" and isinstance(teacher, DenseDetector):
-        return BODY  # CKD is off, as published
+        return BODY | ({"towers.cls", "towers.box"} if ckd else set())
     parts = BODY | REACHED[method]
     if student.family == "reppoints" and "predictors" in parts:
         parts |= {"towers.box"}  # its points say where its classes look
@@ -157,7 +161,7 @@ def assert_reaches(method, distiller, terms):
             assert parameter.grad.isfinite().all(), name
             reached |= {part_of(name)} if parameter.grad.any() else set()
     assert reached >= BODY
-    expected = expected_parts(method, distiller.student, distiller.teacher)
+    expected = expected_parts(method, distiller)
     assert expected is None or reached == expected
     for name, parameter in distiller.methods.named_parameters():
         assert parameter.grad is not None, name
@@ -193,6 +197,39 @@ def test_teachers_of_other_families_teach_or_are_refused_with_a_sentence(method,
         distiller = distiller_of(method, student, teacher)
         if distiller is not None and other != family:
             assert_reaches(method, distiller, distiller(two_images()))
+
+
+@pytest.mark.parametrize(("student", "teacher"), product(FAMILY_NAMES, FAMILY_NAMES))
+def test_three_steps_of_head_with_ckd_from_every_kind_of_teacher(student, teacher):
+    pair = narrow(f"{student}_r18"), teacher_of("head", teacher)
+    distiller = distiller_of("head", *pair, ckd=True)
+    refused = student == teacher or (student in TWO_STAGE and teacher in DENSE)
+    assert (distiller is None) == refused
+    if distiller is not None:
+        assert_trains("head", distiller)
+
+
+@pytest.mark.parametrize(
+    ("student", "teacher"),
+    [
+        ("gfl", "gfl"),
+        ("retinanet", "retinanet"),
+        ("retinanet", "faster_rcnn"),
+        ("faster_rcnn", "faster_rcnn"),
+    ],
+)
+def test_all_methods_that_fit_a_pair_train_it_together(student, teacher):
+    pair = [narrow(f"{family}_r18", seed=seed) for seed, family in enumerate((student, teacher))]
+    fitting = [m for m in METHOD_NAMES if distiller_of(m, *copy.deepcopy(pair)) is not None]
+    spread_predictions(*pair)
+    together = Distiller(*pair, {m: create_method(m) for m in fitting}).train()
+    together.iteration = LATER
+    terms = together(two_images())
+    assert len(fitting) > 1 and {name.split("/")[0] for name in terms} == {"task", *fitting}
+    for method in fitting:
+        assert_finite_and_not_zero(method, together, terms)
+    sum(terms.values()).backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in together.parameters())
 
 
 @pytest.mark.parametrize(
