@@ -115,7 +115,7 @@ def two_images(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def one_step(name: str, data: Path, run: Run, size: dict[str, int]) -> None:
-    """Trains every row of a recipe for a step, teacher and student changed by `size`."""
+    """Trains every row of a recipe for a step, the student alone, too; both changed by `size`."""
     text = recipe_path(name).read_text(encoding="utf-8")
     values, command = yaml.safe_load(text), text.splitlines()[0]
     assert command.startswith(f"# detdistill distill --recipe {name} ")
@@ -141,6 +141,10 @@ def one_step(name: str, data: Path, run: Run, size: dict[str, int]) -> None:
         assert {term.split("/")[0] for term in terms} == {"task", *methods}
         [line] = [line for line in err.splitlines() if ": step 1/1, " in line]
         assert all(re.search(rf" {term} -?\d", line) for term in terms), line
+    alone = ("train", "--recipe", name, "--data", str(data), "--out", "alone")
+    code, _, err = run(*alone, *sets)
+    assert code == 0, err
+    assert {term.split("/")[0] for term in terms_of(Path("alone"))} == {"task"}
 
 
 def rows_of(name: str, values: dict[str, Any]) -> dict[str, Collection[str]]:
