@@ -41,3 +41,11 @@ def test_the_table_of_detectors(printed) -> None:
     assert table["`tf_head`"] == ["needs none", "needs none"]
     wide, narrow = table["`reppoints_r18`"], table["`reppoints_r18`, narrow"]
     assert all(float(large) > float(small) > 0 for large, small in zip(wide, narrow, strict=True))
+
+
+def test_the_minutes_of_the_small_recipes(printed) -> None:
+    lines = printed("small.py", "--recipes", "small/tf_head_two_stage", "--steps", "1")
+    [row] = [line for line in lines if "`small/tf_head_two_stage`" in line]
+    runs = [run.split() for run in row.split("|")[2].split(",")]
+    assert [name for name, _ in runs] == ["student", "assistants", "tf_head"]
+    assert all(float(time) > 0 for _, time in runs)
