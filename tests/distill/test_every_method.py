@@ -60,6 +60,7 @@ REACHED = {
     "crosskd": {"towers.cls", "towers.box"},
     "crosskd_roi": set(),
     "feature": set(),
+    "g_detkd": {"towers.cls"},
     "head": {"towers.cls"},
     "ld": {"towers.cls", "towers.box", "predictors"},
     "mimic": {"towers.cls", "towers.box", "predictors"},
@@ -130,9 +131,12 @@ def expected_parts(method, student, teacher):
     if isinstance(student, TorchvisionView) or method not in REACHED:
         return None
     if not isinstance(student, DenseDetector):
-        return BODY | ({"rpn"} if method == "tf_head" else set())
-    if method == "head" and isinstance(teacher, DenseDetector):
-        return BODY  # CKD is off, as published
+        own = {"tf_head": {"rpn"}}
+        if not isinstance(teacher, DenseDetector):
+            own["g_detkd"] = {"roi_heads"}
+        return BODY | own.get(method, set())
+    if method in ("head", "g_detkd") and isinstance(teacher, DenseDetector):
+        return BODY  # CKD is off, as published, and there are no vectors to contrast
     parts = BODY | REACHED[method]
     if student.family == "reppoints" and "predictors" in parts:
         parts |= {"towers.box"}  # its points say where its classes look
