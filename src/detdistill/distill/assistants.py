@@ -286,7 +286,7 @@ class CellProjector(nn.Module):
         if self.anchors == 1:
             return projected
         rows = torch.arange(len(cells), device=cells.device)
-        return projected.reshape(len(cells), self.anchors, -1)[rows, anchor]
+        return projected.unflatten(1, (self.anchors, -1))[rows, anchor]
 
 
 def cell_projector(

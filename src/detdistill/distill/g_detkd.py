@@ -15,11 +15,9 @@ from itertools import pairwise
 from typing import Annotated, cast
 
 import torch
-import torch.nn.functional as F
 from annotated_types import Gt
 from torch import Tensor, nn
 
-from detdistill.boxes import pairwise_iou
 from detdistill.detectors.base import FPNDetector
 from detdistill.detectors.dense import DenseDetector
 from detdistill.detectors.roi_head import (
@@ -31,27 +29,24 @@ from detdistill.detectors.roi_head import (
     sample_proposals,
 )
 from detdistill.detectors.two_stage import TwoStageDetector
-from detdistill.distill.adapters import EPSILON, projection
+from detdistill.distill.adapters import projection
 from detdistill.distill.assistants import (
     PROJECTORS,
-    CellProjector,
     Projector,
     boxes_of_student,
     cell_projector,
     mean_square,
-    projected_cells,
     require_own_head,
     shared_projector,
     shared_width,
 )
-from detdistill.distill.memory import VectorMemory
+from detdistill.distill.contrast import Contrast, VectorMemory
 from detdistill.distill.method import METHODS, Method, Step
 from detdistill.errors import UserError
 from detdistill.registry import AtLeastOne, check_choice, check_positive
 from detdistill.structures import Proposals, Pyramid
 
 POSITIVE_IOU = 0.5  # of a proposal with the ground truth, when boxes are drawn
-SAME_OBJECT = 0.5  # IoU of two boxes above which they are not told apart
 SMALLEST_TAU = 0.01  # learned, it must not reach 0
 
 
@@ -211,60 +206,3 @@ class LevelFusion(nn.Module):
         # Over the levels, as the paper's abstract has it. A later revision of todd takes the
         # softmax over the boxes, which looks like a slip.
         return (torch.stack(alike, 1) / self.tau.clamp(min=SMALLEST_TAU)).softmax(1)
-
-
-class Contrast(nn.Module):
-    """Draws each box's vector to the teacher's of the same box, away from those of others.
-
-    Args:
-        project: from a dense student's cells, or the last shared layer of a two-stage one.
-        memory: of the teacher's vectors.
-        temperature: divides the cosines.
-        positive: whether the denominator holds the pair of one box itself.
-    """
-
-    def __init__(
-        self, project: nn.Module, memory: VectorMemory, temperature: float, *, positive: bool
-    ) -> None:
-        """Only the projector learns."""
-        super().__init__()
-        self.project, self.memory = project, memory
-        self.temperature, self.positive = temperature, positive
-
-    def forward(self, step: Step, rois: Proposals, wanted: Tensor) -> Tensor:
-        """The mean over the boxes; `wanted` (R, C) are the teacher's vectors of them."""
-        # In float32: a temperature of 0.07 multiplies what half precision rounds away.
-        with torch.autocast(wanted.device.type, enabled=False):
-            if isinstance(step.student_model, TwoStageDetector):
-                head = cast(RoIHead, step.student_model.roi_heads[0])
-                own = head.shared_features(head.pool(step.student.pyramid, rois))[-1]
-                found = self.project(own)
-            else:
-                found, _ = projected_cells(cast(CellProjector, self.project), step.student, rois)
-            return self.loss(found, wanted, rois.boxes_xyxy)
-
-    def loss(self, found: Tensor, wanted: Tensor, boxes_xyxy: list[Tensor]) -> Tensor:
-        """0 of boxes that there is nothing to contrast with.
-
-        Args:
-            found: (R, C) of the student.
-            wanted: (R, C) of the teacher, on the same boxes.
-            boxes_xyxy: (R_i, 4) of each image.
-        """
-        found = F.normalize(found, dim=1, eps=EPSILON) / self.temperature
-        wanted = F.normalize(wanted.float(), dim=1, eps=EPSILON)
-        [newest, *past], first = self.memory(wanted)
-        if not len(found):
-            return found.sum()
-        overlaps = [pairwise_iou(boxes, boxes) > SAME_OBJECT for boxes in boxes_xyxy]
-        struck: Tensor = torch.block_diag(*overlaps)  # type: ignore[no-untyped-call]
-        struck.fill_diagonal_(not self.positive)
-        left = len(newest) - struck.sum(1) + sum(map(len, past))
-        struck = F.pad(struck, (first, len(newest) - len(found) - first))
-        # Not -inf, whose gradient is none where all of a row is struck.
-        present = (found @ newest.T).masked_fill(struck, torch.finfo(found.dtype).min)
-        # Step by step: the matrix of all is large.
-        parts = [present, *(found @ vectors.T for vectors in past if len(vectors))]
-        others = torch.stack([part.logsumexp(1) for part in parts], 1).logsumexp(1)
-        losses = others - (found * wanted).sum(1)
-        return torch.where(left > 0, losses, 0.0).sum() / len(found)
