@@ -192,7 +192,7 @@ PROCESSES = """
 import sys
 import torch
 import torch.distributed as dist
-from torch.multiprocessing import spawn
+from torch.multiprocessing import start_processes
 from detdistill.distill.contrast import Contrast, VectorMemory
 
 def work(rank, file):
@@ -219,7 +219,7 @@ def work(rank, file):
     dist.destroy_process_group()
 
 if __name__ == "__main__":
-    spawn(work, (sys.argv[1],), nprocs=2)
+    start_processes(work, (sys.argv[1],), nprocs=2, start_method="fork")  # imports once
 """
 
 
