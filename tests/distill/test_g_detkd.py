@@ -249,9 +249,9 @@ def test_options_leave_a_term_out_or_weigh_it():
     assert "g_detkd/contrast" not in losses
     distiller, losses = distil(sgfi=False, projector="single")
     assert "g_detkd/sgfi" not in losses
-    assert distiller.methods["g_detkd"].contrast.project.linear.weight.shape == (32, 16)
+    assert distiller.methods["g_detkd"].contrast.projector.linear.weight.shape == (32, 16)
     distiller, _ = distil(sgfi=False)
-    assert distiller.methods["g_detkd"].contrast.project.linear.weight.shape == (9 * 32, 16)
+    assert distiller.methods["g_detkd"].contrast.projector.linear.weight.shape == (9 * 32, 16)
 
 
 @pytest.mark.parametrize("student", ["retinanet_r18", "faster_rcnn_r18"])
@@ -338,8 +338,13 @@ def test_a_restored_distiller_goes_on_with_the_same_bits():
     ("student", "teacher", "options", "words"),
     [
         ("gfl_r18", "gfl_r18", {"contrast": True}, "dense teacher gfl_r18 has none; leave"),
-        ("gfl_r18", "gfl_r18", {"sgfi": False}, "because gfl_r18 has no RoI heads"),
-        ("gfl_r18", "faster_rcnn_r18", {"sgfi": False, "contrast": False}, "set sgfi to true"),
+        ("gfl_r18", "gfl_r18", {"sgfi": False}, "since gfl_r18 has no RoI heads"),
+        (
+            "gfl_r18",
+            "faster_rcnn_r18",
+            {"sgfi": False, "contrast": False},
+            "as asked for; set sgfi to true",
+        ),
         (
             *("faster_rcnn_r18", "cascade_rcnn_r18", {"projector": "per_anchor"}),
             "g_detkd: projector 'per_anchor' needs .* use 'single'",

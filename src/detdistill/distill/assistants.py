@@ -286,7 +286,8 @@ class CellProjector(nn.Module):
         if self.anchors == 1:
             return projected
         rows = torch.arange(len(cells), device=cells.device)
-        return projected.unflatten(1, (self.anchors, -1))[rows, anchor]
+        width = self.linear.out_features // self.anchors  # -1 cannot be told without cells
+        return projected.reshape(len(cells), self.anchors, width)[rows, anchor]
 
 
 def cell_projector(

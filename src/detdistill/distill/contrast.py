@@ -25,18 +25,18 @@ class Contrast(nn.Module):
     """Draws each box's vector to the teacher's of the same box, away from those of others.
 
     Args:
-        project: from a dense student's cells, or the last shared layer of a two-stage one.
+        projector: from a dense student's cells, or the last shared layer of a two-stage one.
         memory: of the teacher's vectors.
         temperature: divides the cosines.
         positive: whether the denominator holds the pair of one box itself.
     """
 
     def __init__(
-        self, project: nn.Module, memory: VectorMemory, temperature: float, *, positive: bool
+        self, projector: nn.Module, memory: VectorMemory, temperature: float, *, positive: bool
     ) -> None:
         """Only the projector learns."""
         super().__init__()
-        self.project, self.memory = project, memory
+        self.projector, self.memory = projector, memory
         self.temperature, self.positive = temperature, positive
 
     def forward(self, step: Step, rois: Proposals, wanted: Tensor) -> Tensor:
@@ -46,9 +46,9 @@ class Contrast(nn.Module):
             if isinstance(step.student_model, TwoStageDetector):
                 head = cast(RoIHead, step.student_model.roi_heads[0])
                 own = head.shared_features(head.pool(step.student.pyramid, rois))[-1]
-                found = self.project(own)
+                found = self.projector(own)
             else:
-                found, _ = projected_cells(cast(CellProjector, self.project), step.student, rois)
+                found, _ = projected_cells(cast(CellProjector, self.projector), step.student, rois)
             return self.loss(found, wanted, rois.boxes_xyxy)
 
     def loss(self, found: Tensor, wanted: Tensor, boxes_xyxy: list[Tensor]) -> Tensor:

@@ -114,17 +114,18 @@ class GDetKD(Method):
         wanted = {**self.wanted, "contrast": two_stage if contrast is None else contrast}
         self.weights = {term: self.given_weights[term] for term in wanted if wanted[term]}
         if not self.weights:
-            raise UserError(
-                f"g_detkd: sgfi is off, and so is contrast, as asked for or because {teacher.name} "
-                f"has no RoI heads; set sgfi to true"
-            )
+            why = "as asked for" if two_stage else f"since {teacher.name} has no RoI heads"
+            raise UserError(f"g_detkd: sgfi is off, and so is contrast, {why}; set sgfi to true")
         if "sgfi" in self.weights:
             self.fusion = LevelFusion(student.pyramid_channels, teacher.pyramid_channels)
         if "contrast" in self.weights:
             width = shared_width(cast(TwoStageDetector, teacher).roi_heads[0])
-            project = _projector(student, width, self.projector)
-            memory = VectorMemory(self.length, width)
-            self.contrast = Contrast(project, memory, self.temperature, positive=self.positive)
+            self.contrast = Contrast(
+                _projector(student, width, self.projector),
+                VectorMemory(self.length, width),
+                self.temperature,
+                positive=self.positive,
+            )
 
     def forward(self, step: Step) -> dict[str, Tensor]:
         """Raw terms `sgfi` and `contrast` as far as wanted."""
