@@ -32,6 +32,7 @@ PLAIN = [("retinanet", "retinanet")]
 PAIRS: dict[str, list[tuple[str, str | None]]] = {
     "crosskd": [("gfl", "gfl"), ("retinanet", "retinanet")],
     "crosskd_roi": [("faster_rcnn", "faster_rcnn")],
+    "g_detkd": [("retinanet", "faster_rcnn")],
     "head": [("retinanet", "faster_rcnn")],
     "ld": [("gfl", "gfl")],
     "tf_head": [("retinanet", None)],

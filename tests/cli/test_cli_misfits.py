@@ -70,6 +70,8 @@ def distill(student: str, method: str, **options: object) -> list[str]:
         ("gfl", "gfl", "crosskd", {"depth": 9}, ["depth is 9", "choose 0 to 4"]),
         ("gfl", "gfl", "rm", {"score": "probs"}, ["score", "'prob' or 'logit'", "'probs'"]),
         ("gfl", "gfl", "ld", {"gamma": 1}, ["gamma", "less than 1", "found 1"]),
+        ("gfl", "gfl", "g_detkd", {"contrast": "true"}, ["gfl_r18 has none", "leave contrast out"]),
+        ("gfl", "gfl", "g_detkd", {"sgfi": "false"}, ["gfl_r18 has no RoI heads"]),
         ("gfl", "gfl", "pkd", {"levels": 9}, ["levels is 9", "choose 1 to 5"]),
         # weights and schedules
         ("gfl", "gfl", "crosskd", {"cls_weight": -1}, ["cls_weight is -1", "from 0 on"]),

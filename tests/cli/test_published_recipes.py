@@ -90,9 +90,9 @@ ROWS = {
     ],
     "head/retinanet_r18_faster_rcnn_r50_1x": [
         *("released code: student 31.7", "assistant alone 33.4", "AKD 35.7", "AKD + CKD 36.1"),
-        *("paper: AKD 35.5", "HEAD 36.2", "teacher 40.3"),
+        *("paper: AKD 35.5", "HEAD 36.2", "teacher 40.3", "G-DetKD 35.4"),
     ],
-    "head/retinanet_r18_reppoints_r50_1x": ["student 31.7", "AKD 34.2"],
+    "head/retinanet_r18_reppoints_r50_1x": ["student 31.7", "AKD 34.2", "SGFI 31.6"],
     "rm_pfi/retinanet_r50_r101_2x": [
         *("teacher 38.9", "student 37.4", "PFI 39.6", "RetinaNet R50 40.4"),
     ],

@@ -61,6 +61,7 @@ REACHED = {
     "crosskd": {"towers.cls", "towers.box"},
     "crosskd_roi": set(),
     "feature": set(),
+    "g_detkd": {"towers.cls"},
     "head": {"towers.cls"},
     "ld": {"towers.cls", "towers.box", "predictors"},
     "mimic": {"towers.cls", "towers.box", "predictors"},
@@ -131,12 +132,13 @@ def expected_parts(method, distiller):
     student, teacher = distiller.student, distiller.teacher
     if isinstance(student, TorchvisionView) or method not in REACHED:
         return None
-    ckd = any(term.startswith("ckd") for term in distiller.methods[method].weights)
+    weights = distiller.methods[method].weights
+    vectors = any(term.startswith(("ckd", "contrast")) for term in weights)
     if not isinstance(student, DenseDetector):
-        heads = {"rpn"} if method == "tf_head" else {"roi_heads"} if ckd else set()
+        heads = {"rpn"} if method == "tf_head" else {"roi_heads"} if vectors else set()
         return BODY | heads
-    if method == "head" and isinstance(teacher, DenseDetector):
-        return BODY | ({"towers.cls", "towers.box"} if ckd else set())
+    if method in ("head", "g_detkd") and isinstance(teacher, DenseDetector):
+        return BODY | ({"towers.cls", "towers.box"} if vectors else set())
     parts = BODY | REACHED[method]
     if student.family == "reppoints" and "predictors" in parts:
         parts |= {"towers.box"}  # its points say where its classes look

@@ -16,6 +16,14 @@ def test_assistants_are_counted():
     assert "assistants of" in describe_helpers(distiller.methods)
 
 
+def test_other_layers_are_no_assistants():
+    teacher = narrow("faster_rcnn_r18", seed=1)
+    told = describe_helpers(build_arm(narrow(), teacher, {"g_detkd": {}}).methods)
+    for part in ("1x1 convolution 16 to 16", "linear layer 16 to 32", "other layers of 1453 "):
+        assert part in told
+    assert "assistants" not in told
+
+
 def test_a_method_that_does_not_fit_gives_its_reason():
     fit = check_fit(narrow(), narrow("fcos_r18"), "rm", {"rm": {}})
     assert "anchor" in fit.reason

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 import detdistill.engine.train as engine
-from detdistill import Distiller, UserError, load_detector
+from detdistill import Distiller, UserError, create_detector, load_detector, save_detector
 from detdistill.engine import checkpoint
 from detdistill.engine.train import train
 from detdistill.errors import UserNotice
@@ -144,6 +144,24 @@ def test_a_resumed_two_stage_run_draws_the_same_proposals(recipe, tmp_path, monk
     train(settings, tmp_path / "resumed", resume=True)
     assert torch.equal(torch.rand(3), drawn)  # a draw more or less would show here
     assert_same_weights(tmp_path / "whole", tmp_path / "resumed")
+
+
+def test_a_resumed_run_remembers_the_vectors_of_its_teacher(recipe, tmp_path, monkeypatch):
+    teacher = create_detector("faster_rcnn_r18", 10, **TWO_STAGE["student_options"])
+    save_detector(teacher, tmp_path / "teacher.safetensors")
+    values = {
+        **{"student": "retinanet_r18", "teacher": str(tmp_path / "teacher.safetensors")},
+        **{"methods": {"g_detkd": {"samples": 8, "sgfi": False}}, "max_steps": 4},
+    }
+    train(recipe(**values), tmp_path / "whole")
+    settings = stopped_after_two(recipe, tmp_path / "resumed", monkeypatch, **values)
+    state = torch.load(tmp_path / "resumed" / "last.ckpt", weights_only=True)
+    known = state["distiller"]["methods.g_detkd.contrast.memory._extra_state"]
+    assert known.shape == (2 * 4 * 8, 1 + 32)  # two steps of four images
+    train(settings, tmp_path / "resumed", resume=True)
+    assert_same_weights(tmp_path / "whole", tmp_path / "resumed")
+    one, two = (lines(tmp_path / name, "step") for name in ("whole", "resumed"))
+    assert [record["raw"] for record in one] == [record["raw"] for record in two]
 
 
 def test_a_checkpoint_with_one_random_state_still_resumes(recipe, tmp_path, monkeypatch):

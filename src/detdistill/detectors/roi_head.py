@@ -90,63 +90,30 @@ class RoIHead(nn.Module):
         The ground truth joins the proposals first. Of each image come the positives, then the
         rest, both in the order given, ground truth first.
         """
-        sampled = [
-            self._sample_image(*one, targets, image)
-            for image, one in enumerate(
-                zip(proposals.boxes_xyxy, proposals.scores, proposals.origin, strict=True)
-            )
-        ]
-        boxes, scores, origin, labels, matched = (list(p) for p in zip(*sampled, strict=True))
-        return Proposals(boxes, scores, origin, labels, matched)
-
-    def _sample_image(
-        self, boxes: Tensor, scores: Tensor, origin: Tensor, targets: Targets, image: int
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        [slots] = targets.present[image].nonzero(as_tuple=True)
-        own = slots.new_full((len(slots), 4), GROUND_TRUTH)
-        own[:, 3] = slots
-        boxes = torch.cat((targets.boxes[image, slots], boxes))
-        scores = torch.cat((scores.new_ones(len(slots)), scores))
-        origin = torch.cat((own, origin))
-        truth = Targets(
-            targets.boxes[image, None], targets.labels[image, None], (targets.sizes[image],)
+        return sample_proposals(
+            proposals,
+            targets,
+            self.num_classes,
+            samples=self.samples,
+            iou_threshold=self.iou_threshold,
         )
-        matched = assign_max_iou(
-            boxes[None],
-            boxes.new_ones((1, len(boxes)), dtype=torch.bool),
-            truth,
-            positive=self.iou_threshold,
-            negative=self.iou_threshold,
-            forced=None,
-        )
-        positive, labels, wanted = take_matches(matched, truth, self.num_classes)
-        sampled = sample_balanced(
-            positive, ~positive, count=self.samples, positive_fraction=POSITIVE_FRACTION
-        )
-        rows = torch.cat([(sampled & part)[0].nonzero()[:, 0] for part in (positive, ~positive)])
-        return boxes[rows], scores[rows], origin[rows], labels[0, rows], wanted[0, rows]
 
     def roi(self, pyramid: Pyramid, proposals: Proposals) -> RoIOutput:
         """Pools each box and classifies it; the gradient flows into the pyramid, not the boxes."""
-        features, maps = self.pool(pyramid, proposals).flatten(1), []
+        maps = self.shared_features(self.pool(pyramid, proposals))
+        return RoIOutput(maps, self.logits(maps[-1]), self.deltas(maps[-1]))
+
+    def shared_features(self, pooled: Tensor) -> list[Tensor]:
+        """(R, C) after the activation of each shared layer, of pooled boxes (R, C, 7, 7)."""
+        features, maps = pooled.flatten(1), []
         for layer in self.shared:
             features = F.relu(layer(features))
             maps.append(features)
-        return RoIOutput(maps, self.logits(features), self.deltas(features))
+        return maps
 
     def pool(self, pyramid: Pyramid, proposals: Proposals) -> Tensor:
         """RoIAlign (arXiv 1703.06870) to (R, C, 7, 7) float32, from the level that suits a box."""
-        boxes = torch.cat(proposals.boxes_xyxy)
-        rois = torch.cat((proposals.image_index[:, None].to(boxes), boxes), 1)
-        levels = pyramid.levels[:LEVELS]
-        level_of_box = _pooling_level(boxes, len(levels))
-        pooled, order = [], []
-        for i, (level, stride) in enumerate(zip(levels, pyramid.strides[:LEVELS], strict=True)):
-            rows = (level_of_box == i).nonzero()[:, 0]
-            # Also without boxes, which ties every level to the loss. No bfloat16 kernel on CPUs.
-            pooled.append(roi_align(level.float(), rois[rows], POOLED, 1 / stride, 0, aligned=True))
-            order.append(rows)
-        return torch.cat(pooled)[torch.cat(order).argsort()]
+        return pool_boxes(pyramid, proposals)
 
     def decode(self, deltas: Tensor, boxes_xyxy: Tensor) -> Tensor:
         """Deltas (..., 4) on proposals (..., 4) to boxes (..., 4); float32."""
@@ -228,6 +195,99 @@ class RoIHead(nn.Module):
                 )
             )
         return found
+
+
+@torch.no_grad()
+def sample_proposals(
+    proposals: Proposals,
+    targets: Targets,
+    num_classes: int,
+    *,
+    samples: int,
+    iou_threshold: float,
+    add_truth: bool = True,
+) -> Proposals:
+    """A random `samples` proposals per image, a quarter of them positive at most, with labels.
+
+    Args:
+        proposals: the boxes to choose from.
+        targets: ground truth of the batch.
+        num_classes: K, the label of background.
+        samples: of an image, at most.
+        iou_threshold: IoU with a ground-truth box from which a proposal is positive.
+        add_truth: the ground truth joins the proposals first.
+
+    Returns:
+        Of each image the positives, then the rest, both in the order given, ground truth first.
+    """
+    sampled = []
+    for image, one in enumerate(
+        zip(proposals.boxes_xyxy, proposals.scores, proposals.origin, strict=True)
+    ):
+        parts = _with_truth(*one, targets, image) if add_truth else one
+        truth = Targets(
+            targets.boxes[image, None], targets.labels[image, None], (targets.sizes[image],)
+        )
+        matched = _match(parts[0], truth, iou_threshold)
+        positive, labels, wanted = take_matches(matched, truth, num_classes)
+        taken = sample_balanced(
+            positive, ~positive, count=samples, positive_fraction=POSITIVE_FRACTION
+        )
+        rows = torch.cat([(taken & part)[0].nonzero()[:, 0] for part in (positive, ~positive)])
+        sampled.append((*(part[rows] for part in parts), labels[0, rows], wanted[0, rows]))
+    return Proposals(*(list(part) for part in zip(*sampled, strict=True)))
+
+
+def _with_truth(
+    boxes: Tensor, scores: Tensor, origin: Tensor, targets: Targets, image: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    [slots] = targets.present[image].nonzero(as_tuple=True)
+    own = slots.new_full((len(slots), 4), GROUND_TRUTH)
+    own[:, 3] = slots
+    boxes = torch.cat((targets.boxes[image, slots], boxes))
+    scores = torch.cat((scores.new_ones(len(slots)), scores))
+    return boxes, scores, torch.cat((own, origin))
+
+
+def _match(boxes: Tensor, truth: Targets, iou_threshold: float) -> Tensor:
+    """(1, R) index of a box, or background, of boxes (R, 4) of one image."""
+    return assign_max_iou(
+        boxes[None],
+        boxes.new_ones((1, len(boxes)), dtype=torch.bool),
+        truth,
+        positive=iou_threshold,
+        negative=iou_threshold,
+        forced=None,
+    )
+
+
+def pool_boxes(pyramid: Pyramid, proposals: Proposals) -> Tensor:
+    """RoIAlign (arXiv 1703.06870) to (R, C, 7, 7) float32, from the level that suits a box."""
+    rois = indexed_boxes(proposals)
+    levels = pyramid.levels[:LEVELS]
+    level_of_box = _pooling_level(rois[:, 1:], len(levels))
+    pooled, order = [], []
+    for i, (level, stride) in enumerate(zip(levels, pyramid.strides[:LEVELS], strict=True)):
+        rows = (level_of_box == i).nonzero()[:, 0]
+        # Also without boxes, which ties every level to the loss.
+        pooled.append(pool_level(level, stride, rois[rows]))
+        order.append(rows)
+    return torch.cat(pooled)[torch.cat(order).argsort()]
+
+
+def indexed_boxes(proposals: Proposals) -> Tensor:
+    """(R, 5) float32 of all images: the image of a box, and its corners."""
+    boxes = torch.cat(proposals.boxes_xyxy)
+    return torch.cat((proposals.image_index[:, None].to(boxes), boxes), 1)
+
+
+def pool_level(
+    level: Tensor, stride: int, rois: Tensor, size: Sequence[int] = (POOLED,) * 2
+) -> Tensor:
+    """RoIAlign of boxes (R, 5) on one level (B, C, H, W) to (R, C, *size) float32."""
+    # No bfloat16 kernel on CPUs.
+    pooled: Tensor = roi_align(level.float(), rois, list(size), 1 / stride, 0, aligned=True)
+    return pooled
 
 
 def _pooling_level(boxes_xyxy: Tensor, levels: int) -> Tensor:

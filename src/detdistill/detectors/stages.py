@@ -14,8 +14,9 @@ model again: CrossKD sends the student's tower maps through the teacher's `head_
 student's proposals through the teacher's `roi`.
 
 All that the `Distiller` and most methods read of a detector stands in `Detector` and `DenseHead`;
-a class that derives from `FPNDetector` or `DenseDetector` has it. HEAD, TF-HEAD and `crosskd_roi`
-copy heads or read inside them: they take a `DenseDetector` or a `TwoStageDetector` only.
+a class that derives from `FPNDetector` or `DenseDetector` has it. HEAD, TF-HEAD, G-DetKD and
+`crosskd_roi` copy heads or read inside them: they take a `DenseDetector` or a `TwoStageDetector`
+only.
 """
 
 from __future__ import annotations

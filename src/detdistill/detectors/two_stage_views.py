@@ -222,11 +222,26 @@ class RoIHeadView(RoIHead):
 
     def roi(self, pyramid: Pyramid, proposals: Proposals) -> RoIOutput:
         """Pools each box and classifies it, background last."""
-        pooled = self.pool(pyramid, proposals)
-        features = _after_activation(self.own.box_head, pooled)
+        features = self.shared_features(self.pool(pyramid, proposals))
         logits, deltas = self.own.box_predictor(features[-1])
         chosen = deltas.reshape(len(deltas), deltas.shape[1] // 4, 4)[:, self.labels].flatten(1)
         return RoIOutput(features, logits[:, [*self.labels, 0]], chosen)
+
+    def shared_features(self, pooled: Tensor) -> list[Tensor]:
+        """(R, C) after the activation of each shared fully connected layer."""
+        box_head, maps = self.own.box_head, []
+        if isinstance(box_head, TwoMLPHead):
+            features = pooled.flatten(1)
+            for layer in (box_head.fc6, box_head.fc7):
+                features = F.relu(layer(features))
+                maps.append(features)
+            return maps
+        features = pooled
+        for layer in box_head.children():  # convolutions bring their activation along
+            features = layer(features)
+            if isinstance(layer, nn.ReLU):
+                maps.append(features)
+        return maps
 
     def pool(self, pyramid: Pyramid, proposals: Proposals) -> Tensor:
         """RoIAlign as the model does it, to (R, C, h, w) float32.
@@ -262,20 +277,3 @@ class RoIHeadView(RoIHead):
             Detections(boxes, scores, labels - 1)
             for boxes, scores, labels in zip(*found, strict=True)
         ]
-
-
-def _after_activation(box_head: nn.Module, pooled: Tensor) -> list[Tensor]:
-    """(R, C) after the activation of each shared fully connected layer."""
-    maps = []
-    if isinstance(box_head, TwoMLPHead):
-        features = pooled.flatten(1)
-        for layer in (box_head.fc6, box_head.fc7):
-            features = F.relu(layer(features))
-            maps.append(features)
-        return maps
-    features = pooled
-    for layer in box_head.children():  # convolutions bring their activation along
-        features = layer(features)
-        if isinstance(layer, nn.ReLU):
-            maps.append(features)
-    return maps

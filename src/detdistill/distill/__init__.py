@@ -4,6 +4,7 @@ from detdistill.distill.crosskd import CrossKD
 from detdistill.distill.crosskd_roi import CrossKDRoI
 from detdistill.distill.distiller import Distiller
 from detdistill.distill.feature import FeatureImitation
+from detdistill.distill.g_detkd import GDetKD
 from detdistill.distill.head import HEAD
 from detdistill.distill.ld import LD
 from detdistill.distill.method import METHODS, Method, Step, create_method, list_methods
@@ -26,6 +27,7 @@ __all__ = [
     "CrossKDRoI",
     "Distiller",
     "FeatureImitation",
+    "GDetKD",
     "Method",
     "PredictionMimicking",
     "SoftLabel",

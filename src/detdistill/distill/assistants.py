@@ -6,7 +6,7 @@ of other kinds without any teacher. What both need stands here.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from typing import Literal, TypeVar, cast, get_args
 
 import torch
@@ -108,15 +108,8 @@ class RoIAssistant(nn.Module):
         return self.heads[stage]  # type: ignore[return-value]
 
     def boxes(self, step: Step, count: int) -> Proposals:
-        """What it looks at: sampled of the student's `count` best proposals per image.
-
-        A two-stage student has sampled for its own head; the assistant looks at the same.
-        """
-        if isinstance(step.student_model, TwoStageDetector):
-            return step.sampled_rois
-        student = cast(DenseDetector, step.student_model)  # `require_own_head` knows no others
-        proposals = student.propose(step.student, step.targets.sizes, max_per_image=count)
-        return self.head(0).sample(proposals, step.targets)
+        """What it looks at; see `boxes_of_student`."""
+        return boxes_of_student(step, count, self.head(0).sample)
 
     def forward(
         self, pyramid: Pyramid, rois: Proposals, targets: Targets
@@ -223,9 +216,23 @@ def require_own_head(model: FPNDetector | None, method: str) -> None:
     """Refuses a model whose heads can neither be copied nor read."""
     if model is not None and not isinstance(model, (DenseDetector, TwoStageDetector)):
         raise UserError(
-            f"{method} copies heads and reads inside them, which {model.name} does not allow; "
+            f"{method} copies heads or reads inside them, which {model.name} does not allow; "
             f"convert its weights to a detector of ours first"
         )
+
+
+def boxes_of_student(
+    step: Step, count: int, sample: Callable[[Proposals, Targets], Proposals]
+) -> Proposals:
+    """Sampled by `sample` of a dense student's `count` best proposals per image.
+
+    A two-stage student has sampled for its own head; these are the boxes then.
+    """
+    if isinstance(step.student_model, TwoStageDetector):
+        return step.sampled_rois
+    student = cast(DenseDetector, step.student_model)  # `require_own_head` knows no others
+    proposals = student.propose(step.student, step.targets.sizes, max_per_image=count)
+    return sample(proposals, step.targets)
 
 
 def fresh_roi_assistant(
@@ -262,13 +269,16 @@ class CellProjector(nn.Module):
         in_channels: of the tower.
         out_channels: of the RoI head's shared layers.
         anchors: 1, or one projection for each of so many anchors of a cell.
+        bias: of the projections.
     """
 
-    def __init__(self, in_channels: int, out_channels: int, anchors: int) -> None:
+    def __init__(
+        self, in_channels: int, out_channels: int, anchors: int, *, bias: bool = True
+    ) -> None:
         """One linear layer holds all projections."""
         super().__init__()
         self.anchors = anchors
-        self.linear = nn.Linear(in_channels, anchors * out_channels)
+        self.linear = nn.Linear(in_channels, anchors * out_channels, bias=bias)
 
     def forward(self, cells: Tensor, anchor: Tensor) -> Tensor:
         """Cells (M, C) of anchors (M,) to (M, C_out)."""
@@ -276,16 +286,55 @@ class CellProjector(nn.Module):
         if self.anchors == 1:
             return projected
         rows = torch.arange(len(cells), device=cells.device)
-        return projected.reshape(len(cells), self.anchors, -1)[rows, anchor]
+        width = self.linear.out_features // self.anchors  # -1 cannot be told without cells
+        return projected.reshape(len(cells), self.anchors, width)[rows, anchor]
 
 
 def cell_projector(
-    student: DenseDetector, out_channels: int, projector: Projector
+    student: DenseDetector, out_channels: int, projector: Projector, *, bias: bool = True
 ) -> CellProjector:
     """The projector for a student's class tower."""
     anchors = student.grid.per_location if projector == "per_anchor" else 1
     width = student.tower_channels_at(student.tower_depth)
-    return CellProjector(width, out_channels, anchors)
+    return CellProjector(width, out_channels, anchors, bias=bias)
+
+
+def shared_projector(
+    student: TwoStageDetector, out_channels: int, projector: Projector | None, option: str
+) -> nn.Linear:
+    """The projector for the last shared layer of a student's first RoI head.
+
+    Raises:
+        UserError: for "per_anchor"; `option` names it, e.g. "head: ckd_projector".
+    """
+    if projector == "per_anchor":
+        raise UserError(
+            f"{option} 'per_anchor' needs to know which anchor of the student's own head each box "
+            f"came from, and the boxes of {student.name} have moved on since; use 'single', or a "
+            f"dense student such as retinanet_r18"
+        )
+    return nn.Linear(shared_width(student.roi_heads[0]), out_channels, bias=False)
+
+
+def shared_width(head: nn.Module) -> int:
+    """Width of the last shared layer of an RoI head."""
+    return cast(nn.Linear, cast(RoIHead, head).shared[-1]).out_features
+
+
+def projected_cells(
+    project: CellProjector, student: DenseOutput, rois: Proposals
+) -> tuple[Tensor, Tensor]:
+    """The student's class tower where boxes came from, projected: (M, C) of the rows (R,) bool.
+
+    Ground truth among the boxes came from no cell and is left out.
+    """
+    origin = torch.cat(rois.origin)
+    own = ~torch.cat(rois.from_truth)
+    tower = student.towers["cls"]
+    cells = gather_cells([maps[-1] for maps in tower], rois.image_index[own], origin[own])
+    cells = activated(cells, len(tower[0]) - 1)
+    # Half precision is left to autocast, which a caller may have turned off.
+    return project(cells.float(), origin[own, 3]), own
 
 
 def cross_kind_loss(
@@ -293,8 +342,8 @@ def cross_kind_loss(
 ) -> Tensor:
     """CKD: the student's class tower, where each box came from, towards the box's features.
 
-    Ground truth among the boxes came from no cell and is dropped. The mean over boxes and channels
-    (HEAD's code); 0 without boxes.
+    Ground truth among the boxes is dropped. The mean over boxes and channels (HEAD's code); 0
+    without boxes.
 
     Args:
         project: to the width of the features.
@@ -302,12 +351,8 @@ def cross_kind_loss(
         rois: with their origins on the student's levels.
         features: (R, C) of all the boxes, without gradient.
     """
-    origin = torch.cat(rois.origin)
-    own = ~torch.cat(rois.from_truth)
-    tower = student.towers["cls"]
-    cells = gather_cells([maps[-1] for maps in tower], rois.image_index[own], origin[own])
-    cells = activated(cells, len(tower[0]) - 1)
-    return mean_square(project(cells, origin[own, 3]), features[own])
+    projected, own = projected_cells(project, student, rois)
+    return mean_square(projected, features[own])
 
 
 def gather_cells(levels: Sequence[Tensor], image: Tensor, origin: Tensor) -> Tensor:

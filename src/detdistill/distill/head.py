@@ -23,7 +23,6 @@ from torch import Tensor, nn
 from detdistill.detectors.base import FPNDetector
 from detdistill.detectors.dense import DenseDetector
 from detdistill.detectors.factory import untrained
-from detdistill.detectors.roi_head import RoIHead
 from detdistill.detectors.two_stage import TwoStageDetector
 from detdistill.distill.adapters import check_same_classes, match_levels
 from detdistill.distill.assistants import (
@@ -40,6 +39,8 @@ from detdistill.distill.assistants import (
     mean_square_of_levels,
     prefixed,
     require_own_head,
+    shared_projector,
+    shared_width,
     tower_maps,
 )
 from detdistill.distill.method import METHODS, Step
@@ -262,19 +263,12 @@ class RoILink(nn.Module):
 
     def _add_ckd(self, student: FPNDetector) -> None:
         assert self.settings.ckd_weight is not None
-        width = cast(nn.Linear, self.assistant.head(0).shared[-1]).out_features
+        width = shared_width(self.assistant.head(0))
         if isinstance(student, DenseDetector):
             self.projector = cell_projector(student, width, self.settings.projector)
-        elif self.settings.projector == "per_anchor":
-            raise UserError(
-                f"head: ckd_projector 'per_anchor' needs to know which anchor of the student's own "
-                f"head each box came from, and the boxes of {student.name} have moved on since; "
-                f"use 'single', or a dense student such as retinanet_r18"
-            )
         else:
-            shared = cast(RoIHead, cast(TwoStageDetector, student).roi_heads[0]).shared
-            own = cast(nn.Linear, shared[-1]).out_features
-            self.projector = nn.Linear(own, width, bias=False)
+            owner, option = cast(TwoStageDetector, student), "head: ckd_projector"
+            self.projector = shared_projector(owner, width, self.settings.projector, option)
         self.weights["ckd"] = self.settings.ckd_weight
 
     def forward(self, step: Step, acting: Set[str]) -> dict[str, Tensor]:

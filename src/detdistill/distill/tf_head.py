@@ -33,6 +33,7 @@ from detdistill.distill.assistants import (
     mean_square_of_levels,
     prefixed,
     require_own_head,
+    shared_width,
     tower_maps,
 )
 from detdistill.distill.method import METHODS, Step
@@ -149,7 +150,7 @@ class TFHEAD(AssistedMethod):
     def _projector(self, student: FPNDetector, assistant: nn.Module) -> nn.Module:
         """From the student's class tower to the assistant's features."""
         if isinstance(assistant, RoIAssistant):
-            width = cast(nn.Linear, assistant.head(0).shared[-1]).out_features
+            width = shared_width(assistant.head(0))
             return cell_projector(cast(DenseDetector, student), width, self.projector)
         head = cast(DenseAssistant, assistant).head
         width = student.pyramid_channels

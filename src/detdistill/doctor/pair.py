@@ -70,21 +70,25 @@ def check_fit(student: FPNDetector, teacher: FPNDetector | None, name: str, arm:
 
 
 def describe_helpers(methods: nn.Module) -> str:
-    """The adapters and assistants of prepared methods, in a few words."""
+    """What prepared methods have beside the student, adapters and assistants, in a few words."""
     adapters: Counter[str] = Counter()
-    others = total = 0
+    assistants = others = total = 0
     for name, module in methods.named_modules():
         size = sum(p.numel() for p in module.parameters(recurse=False) if p.requires_grad)
         total += size
         if size and ("adapter" in name or "projector" in name):
             adapters[_describe(module)] += 1
+        elif "assistant" in name:
+            assistants += size
         else:
             others += size
     if not total:
         return "adds nothing"
     parts = [f"{count} x {kind}" if count > 1 else kind for kind, count in adapters.items()]
+    if assistants:
+        parts.append(f"assistants of {_millions(assistants)} parameters")
     if others:
-        parts.append(f"assistants of {_millions(others)} parameters")
+        parts.append(f"other layers of {_millions(others)} parameters")
     return f"adds {', '.join(parts)}, for training alone ({_millions(total)} parameters)"
 
 

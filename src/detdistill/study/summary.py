@@ -24,6 +24,7 @@ TITLES = {
     "soft_label": "soft labels",
     "pkd": "PKD",
     "head": "HEAD",
+    "g_detkd": "G-DetKD",
     "tf_head": "TF-HEAD",
     "rm": "RM",
     "pfi": "PFI",
