@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import cast
 
 import torch
@@ -12,7 +13,9 @@ from detdistill.detectors.base import FPNDetector
 from detdistill.detectors.dense import DenseDetector
 from detdistill.detectors.files import few
 from detdistill.detectors.stages import DenseHead, Detector, RoIStages, lacking
+from detdistill.detectors.two_stage import TwoStageDetector
 from detdistill.errors import UserError
+from detdistill.structures import DenseOutput
 
 EPSILON = 1e-6
 
@@ -78,6 +81,15 @@ def require_dense(model: FPNDetector | None, method: str, role: str) -> DenseDet
             f"torchvision with as_detector"
         )
     return cast(DenseDetector, model)
+
+
+def require_own_head(model: FPNDetector | None, method: str) -> None:
+    """Refuses a model whose heads can neither be copied nor read."""
+    if model is not None and not isinstance(model, (DenseDetector, TwoStageDetector)):
+        raise UserError(
+            f"{method} copies heads or reads inside them, which {model.name} does not allow; "
+            f"convert its weights to a detector of ours first"
+        )
 
 
 def called(model: object) -> str:
@@ -163,3 +175,19 @@ def activated(tower_map: Tensor, depth: int) -> Tensor:
     Another method may have asked to keep the maps of towers before it; twice changes nothing.
     """
     return F.relu(tower_map) if depth else tower_map
+
+
+def tower_maps(output: DenseOutput, branch: str, depth: int) -> list[Tensor]:
+    """Activated maps of a tower at a depth, per level."""
+    return [activated(maps[depth], depth) for maps in output.towers[branch]]
+
+
+def mean_square(found: Tensor, wanted: Tensor) -> Tensor:
+    """Mean squared difference over all elements, float32; exactly 0 of empty tensors."""
+    return (found.float() - wanted.float()).square().sum() / max(1, found.numel())
+
+
+def mean_square_of_levels(found: Sequence[Tensor], wanted: Sequence[Tensor]) -> Tensor:
+    """The sum over the levels of each level's mean squared difference."""
+    pairs = zip(found, wanted, strict=True)
+    return torch.stack([mean_square(*pair) for pair in pairs]).sum()

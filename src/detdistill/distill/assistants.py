@@ -6,28 +6,24 @@ of other kinds without any teacher. What both need stands here.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence, Set
-from typing import Literal, TypeVar, cast, get_args
+from collections.abc import Iterable, Mapping, Sequence, Set
+from typing import Literal, TypeVar
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from detdistill.detectors.base import FPNDetector
 from detdistill.detectors.dense import DenseDetector
 from detdistill.detectors.fcos import FCOS
 from detdistill.detectors.retinanet import RetinaNet
 from detdistill.detectors.roi_head import RoIHead
-from detdistill.detectors.two_stage import TwoStageDetector
-from detdistill.distill.adapters import activated, channel_adapter
+from detdistill.distill.adapters import channel_adapter
 from detdistill.distill.method import Method, Step
+from detdistill.distill.projectors import boxes_of_student
 from detdistill.distill.schedule import Schedule, silent
 from detdistill.errors import UserError
 from detdistill.structures import DenseOutput, Proposals, Pyramid, RoIOutput, Targets
 
 T = TypeVar("T")
-Projector = Literal["single", "per_anchor"]
-PROJECTORS: tuple[Projector, ...] = get_args(Projector)
 WARMUP = 2000  # steps, published
 
 
@@ -212,29 +208,6 @@ def part_of(term: str) -> str:
     return term.split("_")[0]
 
 
-def require_own_head(model: FPNDetector | None, method: str) -> None:
-    """Refuses a model whose heads can neither be copied nor read."""
-    if model is not None and not isinstance(model, (DenseDetector, TwoStageDetector)):
-        raise UserError(
-            f"{method} copies heads or reads inside them, which {model.name} does not allow; "
-            f"convert its weights to a detector of ours first"
-        )
-
-
-def boxes_of_student(
-    step: Step, count: int, sample: Callable[[Proposals, Targets], Proposals]
-) -> Proposals:
-    """Sampled by `sample` of a dense student's `count` best proposals per image.
-
-    A two-stage student has sampled for its own head; these are the boxes then.
-    """
-    if isinstance(step.student_model, TwoStageDetector):
-        return step.sampled_rois
-    student = cast(DenseDetector, step.student_model)  # `require_own_head` knows no others
-    proposals = student.propose(step.student, step.targets.sizes, max_per_image=count)
-    return sample(proposals, step.targets)
-
-
 def fresh_roi_assistant(
     num_classes: int, channels: int, width: int = 1024, samples: int = 512
 ) -> RoIAssistant:
@@ -260,132 +233,6 @@ def fresh_dense_head(
         centerness_on_reg=True,
         box_loss="giou",
     ).head_only()
-
-
-class CellProjector(nn.Module):
-    """From the student's tower at the cell that a box came from to the features of that box.
-
-    Args:
-        in_channels: of the tower.
-        out_channels: of the RoI head's shared layers.
-        anchors: 1, or one projection for each of so many anchors of a cell.
-        bias: of the projections.
-    """
-
-    def __init__(
-        self, in_channels: int, out_channels: int, anchors: int, *, bias: bool = True
-    ) -> None:
-        """One linear layer holds all projections."""
-        super().__init__()
-        self.anchors = anchors
-        self.linear = nn.Linear(in_channels, anchors * out_channels, bias=bias)
-
-    def forward(self, cells: Tensor, anchor: Tensor) -> Tensor:
-        """Cells (M, C) of anchors (M,) to (M, C_out)."""
-        projected: Tensor = self.linear(cells)
-        if self.anchors == 1:
-            return projected
-        rows = torch.arange(len(cells), device=cells.device)
-        width = self.linear.out_features // self.anchors  # -1 cannot be told without cells
-        return projected.reshape(len(cells), self.anchors, width)[rows, anchor]
-
-
-def cell_projector(
-    student: DenseDetector, out_channels: int, projector: Projector, *, bias: bool = True
-) -> CellProjector:
-    """The projector for a student's class tower."""
-    anchors = student.grid.per_location if projector == "per_anchor" else 1
-    width = student.tower_channels_at(student.tower_depth)
-    return CellProjector(width, out_channels, anchors, bias=bias)
-
-
-def shared_projector(
-    student: TwoStageDetector, out_channels: int, projector: Projector | None, option: str
-) -> nn.Linear:
-    """The projector for the last shared layer of a student's first RoI head.
-
-    Raises:
-        UserError: for "per_anchor"; `option` names it, e.g. "head: ckd_projector".
-    """
-    if projector == "per_anchor":
-        raise UserError(
-            f"{option} 'per_anchor' needs to know which anchor of the student's own head each box "
-            f"came from, and the boxes of {student.name} have moved on since; use 'single', or a "
-            f"dense student such as retinanet_r18"
-        )
-    return nn.Linear(shared_width(student.roi_heads[0]), out_channels, bias=False)
-
-
-def shared_width(head: nn.Module) -> int:
-    """Width of the last shared layer of an RoI head."""
-    return cast(nn.Linear, cast(RoIHead, head).shared[-1]).out_features
-
-
-def projected_cells(
-    project: CellProjector, student: DenseOutput, rois: Proposals
-) -> tuple[Tensor, Tensor]:
-    """The student's class tower where boxes came from, projected: (M, C) of the rows (R,) bool.
-
-    Ground truth among the boxes came from no cell and is left out.
-    """
-    origin = torch.cat(rois.origin)
-    own = ~torch.cat(rois.from_truth)
-    tower = student.towers["cls"]
-    cells = gather_cells([maps[-1] for maps in tower], rois.image_index[own], origin[own])
-    cells = activated(cells, len(tower[0]) - 1)
-    # Half precision is left to autocast, which a caller may have turned off.
-    return project(cells.float(), origin[own, 3]), own
-
-
-def cross_kind_loss(
-    project: CellProjector, student: DenseOutput, rois: Proposals, features: Tensor
-) -> Tensor:
-    """CKD: the student's class tower, where each box came from, towards the box's features.
-
-    Ground truth among the boxes is dropped. The mean over boxes and channels (HEAD's code); 0
-    without boxes.
-
-    Args:
-        project: to the width of the features.
-        student: a dense student's output.
-        rois: with their origins on the student's levels.
-        features: (R, C) of all the boxes, without gradient.
-    """
-    projected, own = projected_cells(project, student, rois)
-    return mean_square(projected, features[own])
-
-
-def gather_cells(levels: Sequence[Tensor], image: Tensor, origin: Tensor) -> Tensor:
-    """(M, C): the cell of each box.
-
-    Args:
-        levels: maps (B, C, H, W).
-        image: (M,) index into B.
-        origin: (M, 4) level, y, x, anchor.
-    """
-    cells, order = [], []
-    for i, level in enumerate(levels):
-        [rows] = (origin[:, 0] == i).nonzero(as_tuple=True)
-        # Also without rows, which ties every level to the loss.
-        cells.append(level[image[rows], :, origin[rows, 1], origin[rows, 2]])
-        order.append(rows)
-    return torch.cat(cells)[torch.cat(order).argsort()]
-
-
-def tower_maps(output: DenseOutput, branch: str, depth: int) -> list[Tensor]:
-    """Activated maps of a tower at a depth, per level."""
-    return [activated(maps[depth], depth) for maps in output.towers[branch]]
-
-
-def mean_square(found: Tensor, wanted: Tensor) -> Tensor:
-    """Mean squared difference over all elements, float32; exactly 0 of empty tensors."""
-    return (found.float() - wanted.float()).square().sum() / max(1, found.numel())
-
-
-def mean_square_of_levels(found: Sequence[Tensor], wanted: Sequence[Tensor]) -> Tensor:
-    """The sum over the levels of each level's mean squared difference."""
-    pairs = zip(found, wanted, strict=True)
-    return torch.stack([mean_square(*pair) for pair in pairs]).sum()
 
 
 def prefixed(prefix: str, terms: Mapping[str, T]) -> dict[str, T]:

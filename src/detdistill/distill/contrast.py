@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 from collections import deque
-from typing import cast
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from detdistill.boxes import pairwise_iou
-from detdistill.detectors.roi_head import RoIHead
-from detdistill.detectors.two_stage import TwoStageDetector
-from detdistill.distill.adapters import EPSILON
-from detdistill.distill.assistants import CellProjector, projected_cells
+from detdistill.distill.adapters import (
+    EPSILON,
+)
 from detdistill.distill.method import Step
+from detdistill.distill.projectors import (
+    student_vectors,
+)
 from detdistill.structures import Proposals
 
 SAME_OBJECT = 0.5  # IoU of two boxes above which they are not told apart
@@ -43,16 +45,13 @@ class Contrast(nn.Module):
         """The mean over the boxes; `wanted` (R, C) are the teacher's vectors of them."""
         # In float32: a temperature of 0.07 multiplies what half precision rounds away.
         with torch.autocast(wanted.device.type, enabled=False):
-            if isinstance(step.student_model, TwoStageDetector):
-                head = cast(RoIHead, step.student_model.roi_heads[0])
-                own = head.shared_features(head.pool(step.student.pyramid, rois))[-1]
-                found = self.projector(own)
-            else:
-                found, _ = projected_cells(cast(CellProjector, self.projector), step.student, rois)
+            found, _ = student_vectors(self.projector, step, rois)
             return self.loss(found, wanted, rois.boxes_xyxy)
 
     def loss(self, found: Tensor, wanted: Tensor, boxes_xyxy: list[Tensor]) -> Tensor:
-        """0 of boxes that there is nothing to contrast with.
+        """-log of s_jj over the sum of s_ij, mean over the boxes j (todd's `CKDLoss`).
+
+        Here 0 of a box that there is nothing to contrast with.
 
         Args:
             found: (R, C) of the student.
@@ -68,15 +67,24 @@ class Contrast(nn.Module):
         struck: Tensor = torch.block_diag(*overlaps)  # type: ignore[no-untyped-call]
         struck.fill_diagonal_(True)
         left = len(newest) - struck.sum(1) + sum(map(len, past))
-        struck.fill_diagonal_(not self.positive)
+        struck.fill_diagonal_(not self.positive)  # todd strikes it out: a box overlaps itself
         struck = F.pad(struck, (first, len(newest) - len(found) - first))
         # Not -inf, whose gradient is none where all of a row is struck.
         present = (found @ newest.T).masked_fill(struck, torch.finfo(found.dtype).min)
-        # Step by step: the matrix of all is large.
-        parts = [present, *(found @ vectors.T for vectors in past if len(vectors))]
-        others = torch.stack([part.logsumexp(1) for part in parts], 1).logsumexp(1)
+        # Step by step, and once more for the gradient: the matrix of all is large.
+        parts = [
+            checkpoint(similarity_to_all, found, vectors, use_reentrant=False)
+            for vectors in past
+            if len(vectors)
+        ]
+        others = torch.stack([present.logsumexp(1), *parts], 1).logsumexp(1)
         losses = others - (found * wanted).sum(1)
         return torch.where(left > 0, losses, 0.0).sum() / len(found)
+
+
+def similarity_to_all(found: Tensor, vectors: Tensor) -> Tensor:
+    """(R,): the logarithm of the summed similarities of each of `found` (R, C) to (M, C)."""
+    return (found @ vectors.T).logsumexp(1)
 
 
 class VectorMemory(nn.Module):
@@ -112,7 +120,10 @@ class VectorMemory(nn.Module):
         self.steps = deque(known, self.length)
 
     def forward(self, own: Tensor) -> tuple[list[Tensor], int]:
-        """Adds the vectors (R, C) of this process; in training alone they are kept.
+        """Adds the vectors (R, C) of this process.
+
+        They are kept, and those of other processes waited for, in training alone, so that a look at
+        the loss from outside changes nothing.
 
         Returns:
             All vectors per step, the newest first, and the row of the newest at which `own` begins.

@@ -17,8 +17,9 @@ from detdistill.distill.adapters import (
     match_levels,
     projection,
     require_dense,
+    require_own_head,
+    tower_maps,
 )
-from detdistill.distill.assistants import require_own_head, tower_maps
 from detdistill.distill.method import METHODS, Method, Step
 from detdistill.distill.pkd import pattern_difference
 from detdistill.errors import UserError

@@ -29,19 +29,21 @@ from detdistill.detectors.roi_head import (
     sample_proposals,
 )
 from detdistill.detectors.two_stage import TwoStageDetector
-from detdistill.distill.adapters import projection
-from detdistill.distill.assistants import (
+from detdistill.distill.adapters import (
+    mean_square,
+    projection,
+    require_own_head,
+)
+from detdistill.distill.contrast import Contrast, VectorMemory
+from detdistill.distill.method import METHODS, Method, Step
+from detdistill.distill.projectors import (
     PROJECTORS,
     Projector,
     boxes_of_student,
     cell_projector,
-    mean_square,
-    require_own_head,
     shared_projector,
     shared_width,
 )
-from detdistill.distill.contrast import Contrast, VectorMemory
-from detdistill.distill.method import METHODS, Method, Step
 from detdistill.errors import UserError
 from detdistill.registry import AtLeastOne, check_choice, check_positive
 from detdistill.structures import Proposals, Pyramid
@@ -93,7 +95,9 @@ class GDetKD(Method):
         """The defaults are those of the development configurations."""
         super().__init__()
         check_positive("g_detkd: temperature", temperature)
-        check_choice("g_detkd: projector", projector or "single", PROJECTORS)
+        check_positive("g_detkd: memory", memory)
+        if projector is not None:
+            check_choice("g_detkd: projector", projector, PROJECTORS)
         self.wanted = {"sgfi": sgfi, "contrast": contrast}
         self.given_weights = {"sgfi": sgfi_weight, "contrast": contrast_weight}
         self.temperature, self.length, self.positive = temperature, memory, positive
@@ -206,4 +210,6 @@ class LevelFusion(nn.Module):
         alike = [(self.embed(level).float() * wanted).flatten(1).sum(1) for level in levels]
         # Over the levels, as the paper's abstract has it. A later revision of todd takes the
         # softmax over the boxes, which looks like a slip.
-        return (torch.stack(alike, 1) / self.tau.clamp(min=SMALLEST_TAU)).softmax(1)
+        # Held above 0, which todd does not do; its gradient goes on, so that it can come back.
+        tau = self.tau + (self.tau.clamp(min=SMALLEST_TAU) - self.tau).detach()
+        return (torch.stack(alike, 1) / tau).softmax(1)

@@ -24,26 +24,30 @@ from detdistill.detectors.base import FPNDetector
 from detdistill.detectors.dense import DenseDetector
 from detdistill.detectors.factory import untrained
 from detdistill.detectors.two_stage import TwoStageDetector
-from detdistill.distill.adapters import check_same_classes, match_levels
-from detdistill.distill.assistants import (
-    PROJECTORS,
-    AssistedMethod,
-    CellProjector,
-    DenseAssistant,
-    Projector,
-    RoIAssistant,
-    cell_projector,
-    cross_kind_loss,
-    fresh_roi_assistant,
+from detdistill.distill.adapters import (
+    check_same_classes,
+    match_levels,
     mean_square,
     mean_square_of_levels,
-    prefixed,
     require_own_head,
-    shared_projector,
-    shared_width,
     tower_maps,
 )
+from detdistill.distill.assistants import (
+    AssistedMethod,
+    DenseAssistant,
+    RoIAssistant,
+    fresh_roi_assistant,
+    prefixed,
+)
 from detdistill.distill.method import METHODS, Step
+from detdistill.distill.projectors import (
+    PROJECTORS,
+    Projector,
+    cell_projector,
+    shared_projector,
+    shared_width,
+    student_vectors,
+)
 from detdistill.distill.schedule import TIMING, Schedule, Steps
 from detdistill.errors import UserError
 from detdistill.registry import AtLeastOne, check_choice
@@ -297,10 +301,8 @@ class RoILink(nn.Module):
 
     def _ckd(self, step: Step, rois: Proposals, wanted: Tensor) -> Tensor:
         assert self.projector is not None
-        if isinstance(step.student_model, TwoStageDetector):
-            own = step.student_model.roi(step.student.pyramid, rois).features[-1]
-            return mean_square(self.projector(own), wanted)
-        return cross_kind_loss(cast(CellProjector, self.projector), step.student, rois, wanted)
+        found, own = student_vectors(self.projector, step, rois)
+        return mean_square(found, wanted[own])
 
 
 def _roi_assistant(student: FPNDetector, teacher: TwoStageDetector | None) -> RoIAssistant:

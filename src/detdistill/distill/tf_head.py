@@ -19,24 +19,28 @@ from detdistill.detectors.base import FPNDetector
 from detdistill.detectors.dense import DenseDetector
 from detdistill.detectors.roi_head import Samples
 from detdistill.detectors.two_stage import TwoStageDetector
-from detdistill.distill.assistants import (
-    PROJECTORS,
-    AssistedMethod,
-    CellProjector,
-    DenseAssistant,
-    Projector,
-    RoIAssistant,
-    cell_projector,
-    cross_kind_loss,
-    fresh_dense_head,
-    fresh_roi_assistant,
+from detdistill.distill.adapters import (
     mean_square_of_levels,
-    prefixed,
     require_own_head,
-    shared_width,
     tower_maps,
 )
+from detdistill.distill.assistants import (
+    AssistedMethod,
+    DenseAssistant,
+    RoIAssistant,
+    fresh_dense_head,
+    fresh_roi_assistant,
+    prefixed,
+)
 from detdistill.distill.method import METHODS, Step
+from detdistill.distill.projectors import (
+    PROJECTORS,
+    CellProjector,
+    Projector,
+    cell_projector,
+    cross_kind_loss,
+    shared_width,
+)
 from detdistill.errors import UserError
 from detdistill.registry import AtLeastOne, Width, check_choice
 

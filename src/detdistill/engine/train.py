@@ -131,7 +131,7 @@ def _forward(run: Run, batch: Batch) -> dict[str, torch.Tensor]:
 def _prove(run: Run, batch: Batch) -> None:
     """Sees the loss after the last update, as the next step does after every other.
 
-    It leaves no trace: statistics of BatchNorm, which it moves, are put back.
+    It leaves no trace in the student: statistics of BatchNorm, which it moves, are put back.
     """
     buffers = {name: buffer.clone() for name, buffer in run.distiller.named_buffers()}
     _forward(run, batch)
