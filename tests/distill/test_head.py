@@ -8,15 +8,9 @@ import torch
 from detdistill import HEAD, CrossKD, Distiller, UserError, create_method
 from detdistill.detectors.base import FPNDetector
 from detdistill.detectors.faster_rcnn import FasterRCNN
-from detdistill.distill.adapters import (
-    mean_square,
-)
+from detdistill.distill.adapters import mean_square
 from detdistill.distill.method import Step
-from detdistill.distill.projectors import (
-    CellProjector,
-    cross_kind_loss,
-    gather_cells,
-)
+from detdistill.distill.projectors import CellProjector, cross_kind_loss, gather_cells
 from detdistill.structures import GROUND_TRUTH, Proposals, TwoStageAssignment
 from tests.helpers import make_batch, narrow
 

@@ -5,13 +5,8 @@ import torch
 
 from detdistill import TFHEAD, Distiller, UserError, create_method, load_detector, save_detector
 from detdistill.detectors.registry import FAMILIES
-from detdistill.distill.adapters import (
-    mean_square,
-    mean_square_of_levels,
-)
-from detdistill.distill.projectors import (
-    gather_cells,
-)
+from detdistill.distill.adapters import mean_square, mean_square_of_levels
+from detdistill.distill.projectors import gather_cells
 from tests.helpers import make_batch, narrow
 
 FCOS = {f"fcos_{term}": 0.5 for term in ("cls", "box", "quality")}

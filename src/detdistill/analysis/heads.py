@@ -19,13 +19,8 @@ from detdistill.detectors.roi_head import RoIHead
 from detdistill.detectors.stages import RoIStages
 from detdistill.detectors.two_stage import TwoStageDetector
 from detdistill.distill import HEAD, create_method
-from detdistill.distill.assistants import (
-    DenseAssistant,
-    RoIAssistant,
-)
-from detdistill.distill.projectors import (
-    gather_cells,
-)
+from detdistill.distill.assistants import DenseAssistant, RoIAssistant
+from detdistill.distill.projectors import gather_cells
 from detdistill.engine.checkpoint import load_checkpoint
 from detdistill.errors import UserError
 from detdistill.recipe import read_yaml

@@ -11,13 +11,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from detdistill.boxes import pairwise_iou
-from detdistill.distill.adapters import (
-    EPSILON,
-)
+from detdistill.distill.adapters import EPSILON
 from detdistill.distill.method import Step
-from detdistill.distill.projectors import (
-    student_vectors,
-)
+from detdistill.distill.projectors import student_vectors
 from detdistill.structures import Proposals
 
 SAME_OBJECT = 0.5  # IoU of two boxes above which they are not told apart

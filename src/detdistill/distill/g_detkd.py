@@ -29,11 +29,7 @@ from detdistill.detectors.roi_head import (
     sample_proposals,
 )
 from detdistill.detectors.two_stage import TwoStageDetector
-from detdistill.distill.adapters import (
-    mean_square,
-    projection,
-    require_own_head,
-)
+from detdistill.distill.adapters import mean_square, projection, require_own_head
 from detdistill.distill.contrast import Contrast, VectorMemory
 from detdistill.distill.method import METHODS, Method, Step
 from detdistill.distill.projectors import (

@@ -19,11 +19,7 @@ from detdistill.detectors.base import FPNDetector
 from detdistill.detectors.dense import DenseDetector
 from detdistill.detectors.roi_head import Samples
 from detdistill.detectors.two_stage import TwoStageDetector
-from detdistill.distill.adapters import (
-    mean_square_of_levels,
-    require_own_head,
-    tower_maps,
-)
+from detdistill.distill.adapters import mean_square_of_levels, require_own_head, tower_maps
 from detdistill.distill.assistants import (
     AssistedMethod,
     DenseAssistant,
