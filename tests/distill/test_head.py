@@ -267,6 +267,11 @@ def rois_of(*origins):
     return Proposals(boxes, [b[:, 0] for b in boxes], tables)
 
 
+def step_of_dense(tower):
+    """What CKD sees of a dense student's step: its class tower, as levels of depths."""
+    return SimpleNamespace(student=SimpleNamespace(towers={"cls": tower}), student_model=None)
+
+
 def test_gathering_by_hand():
     fine = torch.arange(2 * 3 * 2 * 4.0).reshape(2, 3, 2, 4)
     coarse = -torch.arange(2 * 3 * 1 * 2.0).reshape(2, 3, 1, 2)
@@ -281,20 +286,20 @@ def test_ckd_drops_the_ground_truth_and_reads_the_origin_of_the_rest():
     truth = [GROUND_TRUTH, 0, 0, 0]
     rois = rois_of([truth, [0, 1, 1, 0]], [truth, [1, 0, 0, 0], [0, 0, 1, 0]])
     maps = [torch.rand(2, 3, 2, 2), torch.rand(2, 3, 1, 1)]
-    output = SimpleNamespace(towers={"cls": [[None, level] for level in maps]})
+    step = step_of_dense([[None, level] for level in maps])
     features = torch.rand(5, 4)
     project = CellProjector(3, 4, 1)
     cells = torch.stack((maps[0][0, :, 1, 1], maps[1][1, :, 0, 0], maps[0][1, :, 0, 1]))
     wanted = (project.linear(cells) - features[[1, 3, 4]]).square().mean()
-    torch.testing.assert_close(cross_kind_loss(project, output, rois, features), wanted)
+    torch.testing.assert_close(cross_kind_loss(project, step, rois, features), wanted)
 
 
 def test_ckd_of_ground_truth_alone_is_zero_and_tied():
     rois = rois_of([[GROUND_TRUTH, 0, 0, 0]])
     tower = torch.rand(1, 3, 2, 2, requires_grad=True)
-    output = SimpleNamespace(towers={"cls": [[None, tower]]})
+    step = step_of_dense([[None, tower]])
     project = CellProjector(3, 4, 1)
-    loss = cross_kind_loss(project, output, rois, torch.rand(1, 4))
+    loss = cross_kind_loss(project, step, rois, torch.rand(1, 4))
     loss.backward()
     assert loss.item() == 0
     assert not tower.grad.any() and not project.linear.weight.grad.any()

@@ -71,7 +71,7 @@ def test_ckd_that_is_over_costs_nothing(student, teacher, monkeypatch):
     names = set(distiller(make_batch()))
     link = distiller.methods["head"].link
     projectors = [m for n, m in link.named_children() if n.startswith("projector")]
-    monkeypatch.setattr("detdistill.distill.head.student_vectors", pytest.fail)
+    monkeypatch.setattr("detdistill.distill.head.cross_kind_loss", pytest.fail)
     for projector in (p for m in projectors for p in m.modules()):
         monkeypatch.setattr(projector, "forward", lambda *_: pytest.fail("CKD was computed"))
     distiller.iteration = 5

@@ -85,11 +85,7 @@ class RoIHead(nn.Module):
 
     @torch.no_grad()
     def sample(self, proposals: Proposals, targets: Targets) -> Proposals:
-        """A random `samples` proposals per image, a quarter of them positive at most, with labels.
-
-        The ground truth joins the proposals first. Of each image come the positives, then the
-        rest, both in the order given, ground truth first.
-        """
+        """`sample_proposals` with this head's classes, `samples` and IoU; ground truth joins."""
         return sample_proposals(
             proposals,
             targets,
@@ -112,7 +108,7 @@ class RoIHead(nn.Module):
         return maps
 
     def pool(self, pyramid: Pyramid, proposals: Proposals) -> Tensor:
-        """RoIAlign (arXiv 1703.06870) to (R, C, 7, 7) float32, from the level that suits a box."""
+        """`pool_boxes`: (R, C, 7, 7) float32."""
         return pool_boxes(pyramid, proposals)
 
     def decode(self, deltas: Tensor, boxes_xyxy: Tensor) -> Tensor:

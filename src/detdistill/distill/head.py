@@ -44,9 +44,9 @@ from detdistill.distill.projectors import (
     PROJECTORS,
     Projector,
     cell_projector,
+    cross_kind_loss,
     shared_projector,
     shared_width,
-    student_vectors,
 )
 from detdistill.distill.schedule import TIMING, Schedule, Steps
 from detdistill.errors import UserError
@@ -289,7 +289,8 @@ class RoILink(nn.Module):
                     name = f"akd{self.assistant.suffixes[stage]}_{layer}"
                     terms[name] = mean_square(self.adapters[name](pair[0]), pair[1])
             if stage == 0 and "ckd" in acting:
-                terms["ckd"] = self._ckd(step, rois, wanted[-1])
+                assert self.projector is not None
+                terms["ckd"] = cross_kind_loss(self.projector, step, rois, wanted[-1])
         return terms
 
     @torch.no_grad()
@@ -298,11 +299,6 @@ class RoILink(nn.Module):
         assert step.teacher is not None
         teacher = cast(TwoStageDetector, step.teacher_model)
         return teacher.roi(step.teacher.pyramid, rois, stage).features
-
-    def _ckd(self, step: Step, rois: Proposals, wanted: Tensor) -> Tensor:
-        assert self.projector is not None
-        found, own = student_vectors(self.projector, step, rois)
-        return mean_square(found, wanted[own])
 
 
 def _roi_assistant(student: FPNDetector, teacher: TwoStageDetector | None) -> RoIAssistant:

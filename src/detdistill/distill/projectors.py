@@ -131,22 +131,20 @@ def projected_cells(
     return project(cells.float(), origin[own, 3]), own
 
 
-def cross_kind_loss(
-    project: CellProjector, student: DenseOutput, rois: Proposals, features: Tensor
-) -> Tensor:
-    """CKD: the student's class tower, where each box came from, towards the box's features.
+def cross_kind_loss(project: nn.Module, step: Step, rois: Proposals, features: Tensor) -> Tensor:
+    """CKD: the student's vectors of boxes, projected, towards the features of these boxes.
 
-    Ground truth among the boxes is dropped. The mean over boxes and channels (HEAD's code); 0
-    without boxes.
+    Ground truth among a dense student's boxes is dropped. The mean over boxes and channels (HEAD's
+    code); 0 without boxes.
 
     Args:
-        project: to the width of the features.
-        student: a dense student's output.
-        rois: with their origins on the student's levels.
+        project: to the width of the features, of `cell_projector` or `shared_projector`.
+        step: of a student of the same kind.
+        rois: with their origins on a dense student's levels.
         features: (R, C) of all the boxes, without gradient.
     """
-    projected, own = projected_cells(project, student, rois)
-    return mean_square(projected, features[own])
+    found, own = student_vectors(project, step, rois)
+    return mean_square(found, features[own])
 
 
 def gather_cells(levels: Sequence[Tensor], image: Tensor, origin: Tensor) -> Tensor:

@@ -31,7 +31,6 @@ from detdistill.distill.assistants import (
 from detdistill.distill.method import METHODS, Step
 from detdistill.distill.projectors import (
     PROJECTORS,
-    CellProjector,
     Projector,
     cell_projector,
     cross_kind_loss,
@@ -176,9 +175,8 @@ class TFHEAD(AssistedMethod):
         seen = assistant(step.student.pyramid, rois, step.targets)
         terms = prefixed("rcnn", assistant.losses(seen))
         if "ckd" in acting:
-            project = cast(CellProjector, self.projectors["rcnn"])
             features = seen[0][1].features[-1].detach()
-            terms["ckd_rcnn"] = cross_kind_loss(project, step.student, rois, features)
+            terms["ckd_rcnn"] = cross_kind_loss(self.projectors["rcnn"], step, rois, features)
         return terms
 
     def _dense_terms(
