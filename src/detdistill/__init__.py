@@ -35,6 +35,7 @@ _HOMES = {
     "list_methods": "detdistill.distill",
     "list_recipes": "detdistill.recipes",
     "load_detector": "detdistill.detectors",
+    "match_classes": "detdistill.detectors",
     "save_detector": "detdistill.detectors",
 }
 
@@ -44,6 +45,7 @@ if TYPE_CHECKING:
         create_detector,
         list_detectors,
         load_detector,
+        match_classes,
         save_detector,
     )
     from detdistill.distill import (
@@ -97,6 +99,7 @@ __all__ = [
     "list_methods",
     "list_recipes",
     "load_detector",
+    "match_classes",
     "save_detector",
 ]
 

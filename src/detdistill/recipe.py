@@ -60,6 +60,7 @@ class Recipe(BaseModel):
     student_options: Options = {}
     teacher: str | None = None
     teacher_options: Options = {}
+    class_map: dict[str, Annotated[Whole, Field(ge=0)] | str] = {}  # of the data: the teacher's
     methods: dict[str, Options] = {}
     arms: dict[str, dict[str, Options]] = {}  # of `compare`: each a name for a set of methods
 

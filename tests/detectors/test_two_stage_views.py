@@ -257,7 +257,10 @@ def test_labels_choose_classes(model):
         output = view.head(view.pyramid(ready.tensors))
         rois = view.propose(output, ready.image_sizes, max_per_image=5)
         found, whole = (v.roi(output.pyramid, rois) for v in (view, as_detector(model)))
-    assert torch.equal(found.logits, whole.logits[:, [3, 1, 4]])
+    assert torch.equal(found.logits[:, :2], whole.logits[:, [3, 1]])
+    scores, of_all = found.logits.softmax(1), whole.logits.softmax(1)
+    torch.testing.assert_close(scores[:, :2], of_all[:, [3, 1]])
+    torch.testing.assert_close(scores[:, 2], of_all[:, [0, 2, 4]].sum(1))
     assert torch.equal(found.boxes, whole.boxes.reshape(10, 4, 4)[:, [3, 1]].flatten(1))
     assert all(d.labels.max() < 2 for d in view.detect(output, ready.image_sizes))
     with pytest.raises(UserError, match=r"labels holds \[0\]; the model has labels 1\.\.4"):

@@ -182,7 +182,7 @@ class World:
         monkeypatch.setattr(runs, "load_detector", self.load)
         monkeypatch.setattr(compare, "load_detector", self.load)
         monkeypatch.setattr(
-            compare, "existing_teacher", lambda recipe: self.load(Path(recipe.teacher))
+            compare, "existing_teacher", lambda recipe, _: self.load(Path(recipe.teacher))
         )
 
 

@@ -326,7 +326,7 @@ def test_an_existing_teacher_is_tested_not_trained(recipe, world, tmp_path, monk
     world.train(recipe, run.with_name("teacher"))
     run.with_name("teacher").rename(run)
     world.trained.clear()
-    monkeypatch.setattr(check, "existing_teacher", lambda _: check.create_detector("gfl_r18", 3))
+    monkeypatch.setattr(check, "existing_teacher", lambda *_: check.create_detector("gfl_r18", 3))
     before = sorted(path.name for path in run.iterdir())
     arms = run_study(recipe, tmp_path / "study", teacher=str(run), seeds=[0])
     assert "teacher/teacher" not in world.trained

@@ -88,9 +88,12 @@ def _analyze(
     from detdistill.analysis.report import write_analysis
     from detdistill.analysis.run import analyze as measure
     from detdistill.data import open_dataset
+    from detdistill.detectors.classes import match_if_known
     from detdistill.progress import Counts
 
-    pair = Pair(_load(teacher), _load(student))
+    taught, model = _load(teacher), _load(student)
+    match_if_known(taught, model.classes or (), settings.class_map)
+    pair = Pair(taught, model)
     assistant, missed = _find_assistant(Path(student), pair)
     dataset = open_dataset(settings, split)
     show_faults(f"{dataset.source}", dataset.faults)

@@ -62,12 +62,17 @@ def evaluate(
     from detdistill.cli.tables import print_metrics
     from detdistill.data import open_dataset
     from detdistill.data.transforms import out_of_reach
+    from detdistill.detectors.classes import match_if_known
     from detdistill.evaluation.run import evaluate_dataset
     from detdistill.progress import Counts
 
     model = load(weights, detector)
     dataset = open_dataset(settings, split)
     show_faults(f"{dataset.source}", dataset.faults)
+    match_if_known(model, dataset.classes, settings.class_map)
+    if model.left_out:
+        known = model.num_classes + model.left_out
+        typer.echo(f"measured are {model.num_classes} of the {known} classes that it knows")
     chosen = settings.model_fields_set & {"resize_short", "resize_long"}
     settings = at_input_size(settings, model)
     if chosen and (wrong := out_of_reach(settings)):

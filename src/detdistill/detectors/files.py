@@ -48,7 +48,15 @@ class _Inert:
 
 
 def read_state(file: Path) -> dict[str, Tensor]:
+    """As `read_weights`, without the classes."""
+    return read_weights(file)[0]
+
+
+def read_weights(file: Path) -> tuple[dict[str, Tensor], list[str] | None]:
     """Tensors by name from .safetensors, or from a pickle without running code from it.
+
+    Returns:
+        The tensors; and the names of the classes where an MMDetection checkpoint has them.
 
     Raises:
         UserError: what is damaged, holds objects of unknown packages, or no table of tensors.
@@ -78,7 +86,20 @@ def read_state(file: Path) -> dict[str, Tensor]:
                 f"{file}: {name} is not finite everywhere: the training that wrote it had "
                 f"exploded; take an earlier checkpoint"
             )
-    return state
+    return state, _class_names(loaded)
+
+
+def _class_names(loaded: Any) -> list[str] | None:
+    """Where MMDetection 2.x (`meta.CLASSES`) and 3.x (`meta.dataset_meta.classes`) keep them."""
+    meta = loaded.get("meta")
+    if not isinstance(meta, Mapping):
+        return None
+    places = (meta, meta.get("dataset_meta"))
+    for place in (p for p in places if isinstance(p, Mapping)):
+        names = place.get("classes", place.get("CLASSES"))
+        if isinstance(names, (list, tuple)) and all(isinstance(name, str) for name in names):
+            return list(names)
+    return None
 
 
 def _read_pickle(file: Path) -> Any:

@@ -15,6 +15,7 @@ from detdistill.boxes import area, clip_xyxy
 from detdistill.detectors.inference import best_boxes
 from detdistill.parts.assigners import assign_max_iou, take_matches
 from detdistill.parts.coders import deltas_to_xyxy, xyxy_to_deltas
+from detdistill.parts.heads import with_outputs
 from detdistill.parts.losses import Reduce, mean_over_processes
 from detdistill.parts.samplers import sample_balanced
 from detdistill.structures import (
@@ -74,7 +75,7 @@ class RoIHead(nn.Module):
         self.shared = nn.ModuleList(
             [nn.Linear(in_channels * POOLED**2, channels), nn.Linear(channels, channels)]
         )
-        self.logits = nn.Linear(channels, num_classes + 1)
+        self.logits: nn.Linear | KeptClasses = nn.Linear(channels, num_classes + 1)
         self.deltas = nn.Linear(channels, 4 if class_agnostic else 4 * num_classes)
         for layer in self.shared:
             nn.init.xavier_uniform_(layer.weight)  # type: ignore[arg-type]
@@ -82,6 +83,14 @@ class RoIHead(nn.Module):
         nn.init.normal_(self.deltas.weight, std=0.001)
         for layer in (*self.shared, self.logits, self.deltas):
             nn.init.zeros_(layer.bias)
+
+    def keep_classes(self, kept: list[int]) -> None:
+        """Leaves all classes out but these labels of 0..K-1 (see `FPNDetector.keep_classes`)."""
+        self.logits = KeptClasses(self.logits, kept, self.num_classes)
+        if not self.class_agnostic:
+            rows = [4 * label + side for label in kept for side in range(4)]
+            self.deltas = with_outputs(self.deltas, rows)
+        self.num_classes = len(kept)
 
     @torch.no_grad()
     def sample(self, proposals: Proposals, targets: Targets) -> Proposals:
@@ -191,6 +200,35 @@ class RoIHead(nn.Module):
                 )
             )
         return found
+
+
+class KeptClasses(nn.Module):
+    """A layer of logits with some of its classes; the others count as background.
+
+    So the softmax over what is left gives the classes that stay the scores that they had.
+
+    Args:
+        layer: (R, C) to logits (R, K + 1), background last.
+        kept: labels of 0..K-1.
+        num_classes: K.
+    """
+
+    def __init__(self, layer: nn.Module, kept: list[int], num_classes: int) -> None:
+        """The layer keeps its weights."""
+        super().__init__()
+        self.layer, self.kept = layer, kept
+        self.others = [label for label in range(num_classes + 1) if label not in kept]
+
+    def forward(self, features: Tensor) -> Tensor:
+        """(R, C) to float32 logits (R, len(kept) + 1)."""
+        return with_others_as_background(self.layer(features), self.kept, self.others)
+
+
+def with_others_as_background(logits: Tensor, kept: Sequence[int], others: Sequence[int]) -> Tensor:
+    """(R, N) to float32 (R, len(kept) + 1): `kept` as they are, then `others` as one."""
+    logits = logits.float()
+    background = logits[:, list(others)].logsumexp(1, keepdim=True)
+    return torch.cat((logits[:, list(kept)], background), 1)
 
 
 @torch.no_grad()

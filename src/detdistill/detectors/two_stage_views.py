@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
 
 from detdistill.detectors.dense import DenseDetector
-from detdistill.detectors.roi_head import RoIHead
+from detdistill.detectors.roi_head import RoIHead, with_others_as_background
 from detdistill.detectors.rpn import RPN
 from detdistill.detectors.two_stage import TwoStageDetector
 from detdistill.detectors.view_base import (
@@ -108,6 +108,11 @@ class FasterRCNNView(TorchvisionView, TwoStageDetector):
         )
         return TwoStageAssignment(self.rpn.assign(output, targets), self.sample(proposals, targets))
 
+    def _keep_classes(self, kept: list[int]) -> None:
+        """The view and its head read fewer labels."""
+        super()._keep_classes(kept)
+        self._stage(0).keep_classes(kept)
+
     @torch.no_grad()
     def detect(
         self,
@@ -188,6 +193,11 @@ class RoIHeadView(RoIHead):
             )
         self.shared = nn.ModuleList(layers)
 
+    def keep_classes(self, kept: list[int]) -> None:
+        """The model stays whole: the view reads fewer of its labels."""
+        self.labels = [self.labels[label] for label in kept]
+        self.num_classes = len(kept)
+
     @torch.no_grad()
     def sample(self, proposals: Proposals, targets: Targets) -> Proposals:
         """By the model's own rule and sampler; the ground truth comes last of each image."""
@@ -225,7 +235,9 @@ class RoIHeadView(RoIHead):
         features = self.shared_features(self.pool(pyramid, proposals))
         logits, deltas = self.own.box_predictor(features[-1])
         chosen = deltas.reshape(len(deltas), deltas.shape[1] // 4, 4)[:, self.labels].flatten(1)
-        return RoIOutput(features, logits[:, [*self.labels, 0]], chosen)
+        others = [label for label in range(logits.shape[1]) if label not in self.labels]
+        logits = with_others_as_background(logits, self.labels, others)
+        return RoIOutput(features, logits, chosen)
 
     def shared_features(self, pooled: Tensor) -> list[Tensor]:
         """(R, C) after the activation of each shared fully connected layer."""

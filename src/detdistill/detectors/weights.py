@@ -26,7 +26,8 @@ from detdistill.detectors.checkpoints import (
 )
 from detdistill.detectors.dense import DenseDetector
 from detdistill.detectors.factory import create_detector, require_options, split_name
-from detdistill.detectors.files import few, fill, read_state, yolo_model
+from detdistill.detectors.files import few, fill, read_state, read_weights, yolo_model
+from detdistill.detectors.roi_head import KeptClasses
 from detdistill.detectors.torchvision_models import (
     PREFIX,
     is_torchvision,
@@ -89,6 +90,7 @@ def save_detector(
         module, options = detector.model, settings_of(detector)
     else:
         require_options(detector)
+        _require_all_classes(detector, path)
     facts = {
         "format": FORMAT,
         "detector": detector.name,
@@ -108,6 +110,14 @@ def save_detector(
         os.fsync(stream.fileno())
         with written(path.with_suffix(".json")) as file:
             file.write(json.dumps(facts, indent=1).encode())
+
+
+def _require_all_classes(detector: FPNDetector, path: Path) -> None:
+    if any(isinstance(module, KeptClasses) for module in detector.modules()):
+        raise UserError(
+            f"{path}: {detector.name} was cut to {detector.num_classes} of its classes, and a file "
+            f"could not say what became of the others' scores; save it before it is cut"
+        )
 
 
 def load_detector(
@@ -139,7 +149,7 @@ def load_detector(
         raise UserError(
             f"{file} is what --resume goes on from, not weights; give the run folder, {file.parent}"
         )
-    state = read_state(file)
+    state, classes = read_weights(file)
     if all(map(YOLO_TENSOR.match, state)):
         raise yolo_model(file)
     if wanted is None:
@@ -161,7 +171,23 @@ def load_detector(
         options = {**implied_options(state), **options}
     detector = create_detector(wanted, _count_classes(state, wanted, file), **options)
     fill(detector, detector.name, state, file, strict)
+    detector.classes = _fitting_names(classes, detector, file)
     return detector
+
+
+def _fitting_names(
+    classes: list[str] | None, detector: FPNDetector, file: Path
+) -> list[str] | None:
+    """The names that a checkpoint has, unless they cannot be those of its detector's classes."""
+    if classes is None or len(set(classes)) == len(classes) == detector.num_classes:
+        return classes
+    warnings.warn(
+        f"{file} names {len(classes)} classes ({few(classes)}) but predicts "
+        f"{detector.num_classes}: the names are left out",
+        UserNotice,
+        stacklevel=3,
+    )
+    return None
 
 
 def _student_alone(state: dict[str, Tensor], file: Path) -> dict[str, Tensor]:

@@ -15,6 +15,7 @@ from detdistill.detectors.files import few
 from detdistill.detectors.stages import DenseHead, Detector, RoIStages, lacking
 from detdistill.detectors.two_stage import TwoStageDetector
 from detdistill.errors import UserError
+from detdistill.registry import nearest
 from detdistill.structures import DenseOutput
 
 EPSILON = 1e-6
@@ -100,18 +101,31 @@ def called(model: object) -> str:
 
 def check_same_classes(student: FPNDetector, teacher: FPNDetector, method: str) -> None:
     """Refuses a pair whose classes differ in number, name or order."""
-    if student.num_classes != teacher.num_classes:
+    own, known = student.classes, teacher.classes
+    if own == known if own and known else student.num_classes == teacher.num_classes:
+        return
+    counts = (
+        f"{method}: the teacher {teacher.name} has {teacher.num_classes} classes, the student "
+        f"{student.name} {student.num_classes}"
+    )
+    if not own or not known:
         raise UserError(
-            f"{method}: the teacher {teacher.name} has {teacher.num_classes} classes, the student "
-            f"{student.name} {student.num_classes}; train a teacher on the student's classes"
+            f"{counts}, and without names nothing tells which is which; say by class_map which "
+            f"label each class has for the teacher, or train a teacher on the student's classes"
         )
-    if student.classes and teacher.classes and student.classes != teacher.classes:
-        i = next(i for i, c in enumerate(student.classes) if c != teacher.classes[i])
+    unknown = [name for name in own if name not in known]
+    if not unknown:
         raise UserError(
-            f"{method}: class {i} is {teacher.classes[i]!r} for the teacher and "
-            f"{student.classes[i]!r} for the student; train a teacher on the student's classes, "
-            f"in the same order"
+            f"{counts}, all of which it knows; cut it to these, in their order: "
+            f"detdistill.match_classes(teacher, student.classes)"
         )
+    others = f", nor {len(unknown) - 1} more," if len(unknown) > 1 else ""
+    raise UserError(
+        f"{method}: the teacher {teacher.name} knows no class {unknown[0]!r}{others} among its "
+        f"{teacher.num_classes}; say by class_map what it calls it, train a teacher on the "
+        f"student's classes, or take a method that needs none in common, such as pkd; "
+        f"{nearest(unknown[0], known)}"
+    )
 
 
 def check_same_anchors(

@@ -11,6 +11,7 @@ from detdistill.data import DetectionDataset
 from detdistill.data.eval_loader import spread_subset
 from detdistill.data.transforms import eval_size
 from detdistill.detectors import FPNDetector, create_detector
+from detdistill.detectors.classes import match_if_known
 from detdistill.doctor.data import boxes_per_class
 from detdistill.doctor.finding import Finding, Level, from_error
 from detdistill.engine.build import load_teacher
@@ -19,6 +20,7 @@ from detdistill.evaluation.coco import CocoMetrics
 from detdistill.evaluation.run import evaluate_dataset
 from detdistill.evaluation.speed import count_parameters
 from detdistill.recipe import Recipe
+from detdistill.registry import nearest
 from detdistill.study.check import teacher_file
 
 NOTHING, LITTLE = 0.01, 0.1
@@ -61,25 +63,27 @@ def open_teacher(recipe: Recipe, classes: Sequence[str], advice: str) -> Teacher
     if teacher_file(recipe.teacher) is None:
         model = create_detector(recipe.teacher, len(classes), **recipe.teacher_options)
         model.classes = list(classes)
+        match_if_known(model, classes, recipe.class_map)
         text = (
             f"{recipe.teacher} is a detector's name: it is yet to be trained, so only whether it "
             f"fits and what it costs can be told"
         )
         return Teacher(model, findings=[Finding("note", text, advice)])
     try:
-        loaded = load_teacher(recipe)
+        loaded = load_teacher(recipe, classes)
     except UserError as error:
         return Teacher(findings=[from_error("problem", error)])
     assert loaded is not None  # the recipe names one
     size = f"{count_parameters(loaded) / 1e6:.1f} M parameters"
-    text = f"{loaded.name} from {recipe.teacher}: {size}, {loaded.num_classes} classes"
+    known = loaded.num_classes + loaded.left_out
+    text = f"{loaded.name} from {recipe.teacher}: {size}, {known} classes"
     return Teacher(loaded, trained=True, findings=[Finding("ok", text)])
 
 
 def check_classes(
     teacher: FPNDetector, classes: Sequence[str], needed: bool, advice: str
 ) -> list[Finding]:
-    """The teacher's classes against the data's: number, names, order.
+    """The teacher's classes, cut to the data's where it knows these, against them.
 
     Args:
         teacher: the model.
@@ -88,12 +92,12 @@ def check_classes(
         advice: how to get a teacher.
     """
     own = teacher.classes
-    level: Level = "problem" if needed else "warning"
-    if teacher.num_classes != len(classes):
-        text = f"the teacher knows {teacher.num_classes} classes, the data have {len(classes)}"
-        if own is not None:
-            text += f" (its first: {', '.join(own[:3])}; the data's: {', '.join(classes[:3])})"
-    elif own is None:
+    if own is not None and list(own) == list(classes):
+        text = "the teacher's classes are the data's, in the same order"
+        if teacher.left_out:
+            text = f"the data's {len(classes)} classes are among the teacher's; it is cut to them"
+        return [Finding("ok", text)]
+    if own is None and teacher.num_classes == len(classes):
         return [
             Finding(
                 "warning",
@@ -103,18 +107,22 @@ def check_classes(
                 "below tells, too",
             )
         ]
-    elif list(own) == list(classes):
-        return [Finding("ok", "the teacher's classes are the data's, in the same order")]
-    elif sorted(own) == sorted(classes):
-        place = next(i for i, name in enumerate(own) if name != classes[i])
+    if own is None:
         text = (
-            f"the teacher has the data's classes in another order: {place} is {own[place]!r} for "
-            f"it and {classes[place]!r} in the data"
+            f"the teacher knows {teacher.num_classes} classes, which its file does not name, the "
+            f"data have {len(classes)}"
         )
+        way_out = f"say which label each class has there, e.g. --set class_map.{classes[0]}=0"
     else:
         unknown = [name for name in classes if name not in own]
-        text = f"the teacher does not know the class {unknown[0]!r}"
-    return [Finding(level, text, f"train a teacher on these data: {advice}")]
+        more = f" and {len(unknown) - 1} more" if len(unknown) > 1 else ""
+        text = (
+            f"the teacher does not know the class {unknown[0]!r}{more} among its "
+            f"{teacher.num_classes}; {nearest(unknown[0], own)}"
+        )
+        way_out = f"say what it calls it, --set class_map.{unknown[0]}=NAME"
+    level: Level = "problem" if needed else "warning"
+    return [Finding(level, text, f"{way_out}, or train a teacher on these data: {advice}")]
 
 
 def check_input(teacher: FPNDetector, student: FPNDetector, recipe: Recipe) -> list[Finding]:

@@ -13,6 +13,7 @@ from detdistill.data import DetectionDataset, open_dataset, require_same_classes
 from detdistill.data.fingerprint import fingerprint
 from detdistill.data.transforms import eval_size
 from detdistill.detectors import FPNDetector, create_detector, load_detector
+from detdistill.detectors.classes import match_if_known
 from detdistill.detectors.factory import split_name
 from detdistill.distill import Distiller, create_method
 from detdistill.engine.trackers import require_trackers
@@ -47,7 +48,7 @@ def build(recipe: Recipe) -> Parts:
     student = new_student(recipe, train.classes)
     methods = {name: create_method(name, **options) for name, options in recipe.methods.items()}
     taken = any(method.takes_teacher for method in methods.values())
-    teacher = load_teacher(recipe) if taken else None
+    teacher = load_teacher(recipe, train.classes) if taken else None
     distiller = Distiller(student, teacher, methods)
     return Parts(train, val, distiller, recipe.teacher if taken else None)
 
@@ -69,11 +70,15 @@ def _fingerprint(detector: FPNDetector) -> str:
     return digest.hexdigest()
 
 
-def load_teacher(recipe: Recipe) -> FPNDetector | None:
-    """The recipe's teacher: a run folder, our weights, or `NAME=FILE` for foreign weights."""
+def load_teacher(recipe: Recipe, classes: Sequence[str]) -> FPNDetector | None:
+    """The recipe's teacher: a run folder, our weights, or `NAME=FILE` for foreign weights.
+
+    Where it knows more than the classes of the data, it is cut to these.
+    """
     if recipe.teacher is None:
         return None
     name, path = split_teacher(recipe.teacher)
-    if name is None:
-        return load_detector(path, **recipe.teacher_options)
-    return load_detector(name, path, **recipe.teacher_options)
+    source = (path,) if name is None else (name, path)
+    teacher = load_detector(*source, **recipe.teacher_options)
+    match_if_known(teacher, classes, recipe.class_map)
+    return teacher

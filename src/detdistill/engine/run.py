@@ -144,7 +144,11 @@ class Run:
         metrics = self._measure(teacher, "val images by the teacher")
         self.teacher_ap = metrics.numbers["AP"]
         self._write("teacher", split="val", metrics=metrics.numbers)
-        self.display.say(f"teacher {teacher.name}, val AP {100 * self.teacher_ap:.1f}")
+        cut = ""
+        if teacher.left_out:
+            known = teacher.num_classes + teacher.left_out
+            cut = f", {teacher.num_classes} of its {known} classes"
+        self.display.say(f"teacher {teacher.name}{cut}, val AP {100 * self.teacher_ap:.1f}")
         shown = eval_size(self.recipe)
         if teacher.input_size is not None and teacher.input_size != shown:
             sizes = teacher.input_size, shown

@@ -153,7 +153,8 @@ def category_ids_of(detector: FPNDetector, dataset: DetectionDataset) -> list[in
     if detector.num_classes != len(dataset.classes):
         raise UserError(
             f"the detector knows {detector.num_classes} classes, but {dataset.source} has "
-            f"{len(dataset.classes)}: use the weights and the data of the same task"
+            f"{len(dataset.classes)}: use the weights and the data of the same task, or cut the "
+            f"detector to these classes (detdistill.match_classes)"
         )
     names = detector.classes
     if names is None:

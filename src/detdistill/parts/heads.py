@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 import math
+from collections.abc import Sequence
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.ops import deform_conv2d
+
+Layer = TypeVar("Layer", nn.Conv2d, nn.Linear)
 
 
 class GroupNorm(nn.GroupNorm):
@@ -27,6 +32,17 @@ class GroupNorm(nn.GroupNorm):
 def normalisation(channels: int, group_norm: bool) -> nn.Module:
     """GroupNorm, or nothing."""
     return GroupNorm(_groups(channels), channels) if group_norm else nn.Identity()
+
+
+def with_outputs(layer: Layer, rows: Sequence[int]) -> Layer:
+    """A copy of a predictor with these of its outputs alone, in this order."""
+    kept = copy.deepcopy(layer)
+    for name, parameter in layer.named_parameters():
+        chosen = parameter.detach()[list(rows)].clone()
+        setattr(kept, name, nn.Parameter(chosen, requires_grad=parameter.requires_grad))
+    width = "out_channels" if isinstance(layer, nn.Conv2d) else "out_features"
+    setattr(kept, width, len(rows))
+    return kept
 
 
 class TowerBlock(nn.Module):

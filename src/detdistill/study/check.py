@@ -13,6 +13,7 @@ from detdistill.data import (
 )
 from detdistill.data.fingerprint import fingerprint
 from detdistill.detectors import FPNDetector, create_detector
+from detdistill.detectors.classes import match_if_known
 from detdistill.distill import Distiller, create_method
 from detdistill.engine.ahead import look_ahead
 from detdistill.engine.build import load_teacher
@@ -124,9 +125,10 @@ def _look_ahead(
 def _teacher(recipe: Recipe, teacher: str, classes: Sequence[str]) -> FPNDetector:
     """The teacher, untrained where it is yet to be trained."""
     if teacher_file(teacher) is not None:
-        return existing_teacher(recipe.model_copy(update={"teacher": teacher}))
+        return existing_teacher(recipe.model_copy(update={"teacher": teacher}), classes)
     model = create_detector(teacher, len(classes), **recipe.teacher_options)
     model.classes = list(classes)
+    match_if_known(model, classes, recipe.class_map)  # a wrong map is refused before training
     return model
 
 
@@ -149,8 +151,8 @@ def teacher_file(teacher: str) -> Path | None:
     return None
 
 
-def existing_teacher(recipe: Recipe) -> FPNDetector:
-    """The teacher that a recipe names, loaded."""
-    teacher = load_teacher(recipe)
+def existing_teacher(recipe: Recipe, classes: Sequence[str]) -> FPNDetector:
+    """The teacher that a recipe names, loaded, with the classes of the data if it knows them."""
+    teacher = load_teacher(recipe, classes)
     assert teacher is not None, "the recipe names a teacher"
     return teacher

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from detdistill.data import open_dataset
-from detdistill.detectors import load_detector
+from detdistill.detectors import FPNDetector, load_detector
 from detdistill.engine.checkpoint import exclusive, write_json, write_text
 from detdistill.evaluation.speed import latency_ms
 from detdistill.recipe import Recipe, read_yaml
@@ -138,7 +138,7 @@ class _Study:
         given = teacher_file(teacher)
         if given is not None:
             recipe = self.recipe.model_copy(update={"teacher": teacher})
-            tested = test_once(given, recipe, folder, lambda: existing_teacher(recipe))
+            tested = test_once(given, recipe, folder, lambda: _existing_teacher(recipe))
             return RunScore(0, folder, seconds=None, epochs=None, **tested), teacher
         changes: dict[str, Any] = {
             **ALONE,
@@ -243,6 +243,10 @@ def _seconds(score: RunScore) -> float:
     return score.seconds or 0.0
 
 
+def _existing_teacher(recipe: Recipe) -> FPNDetector:
+    return existing_teacher(recipe, open_dataset(recipe, "test").classes)
+
+
 def _arms(teacher: RunScore | None, scores: dict[str, list[RunScore]]) -> list[Arm]:
     """Rows in the order of the table: teacher, student, methods, student with the same time."""
     first = [] if teacher is None else [Arm("teacher", "teacher", (teacher,))]
@@ -261,7 +265,7 @@ def _with_latency(arms: list[Arm], taught: Recipe, study: _Study) -> list[Arm]:
         height, width = int(image.shape[1]), int(image.shape[2])
         models = {"student": load_detector(control_of(arms).runs[0].folder)}
         if taught.teacher is not None:
-            models = {"teacher": existing_teacher(taught), **models}
+            models = {"teacher": _existing_teacher(taught), **models}
         times[device.type] = {
             name: latency_ms(detector, height, width, device, image=image)
             for name, detector in models.items()

@@ -1,0 +1,99 @@
+"""A teacher that knows more classes than the data, from the command line."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from pytest import fixture
+
+from detdistill import load_detector, save_detector
+from detdistill.detectors import to_mmdetection_state
+from tests.cli.conftest import Run
+from tests.cli.test_cli_bad_input import refused
+from tests.helpers import narrow
+
+WHOLE = 12  # classes of the teacher: two before those of the data, which it has in reverse
+SMALL = [
+    *("--set", "max_steps=1", "--set", "resize_short=[64]", "--set", "resize_long=64"),
+    *("--set", "batch_size=2", "--set", "workers=0", "--set", "epochs=1"),
+    *("--set", "student_options={base_channels: 8, fpn_channels: 16, tower_channels: 16}"),
+]
+DISTILL = ["distill", "--student", "gfl_r18", "--method", "crosskd", "--out", "run"]
+DISTILL += ["--data", "my_coco", *SMALL]
+
+
+@fixture
+def known(my_coco: Path) -> list[str]:
+    """The classes of a teacher of other origin, which is written beside."""
+    values = json.loads((my_coco / "annotations/train.json").read_text())
+    names = [category["name"] for category in values["categories"]]
+    known = ["cow", "unicorn", *reversed(names)]
+    teacher = narrow("gfl_r18", WHOLE)
+    content = {"meta": {"CLASSES": tuple(known)}, "state_dict": to_mmdetection_state(teacher)}
+    torch.save(content, "teacher.pth")
+    return known
+
+
+def test_it_is_cut_to_them(run: Run, my_coco: Path, known: list[str]) -> None:
+    teacher = ["--teacher", "gfl_r18=teacher.pth"]
+    code, out, err = run(*DISTILL, *teacher)
+    assert code == 0, err
+    assert "teacher gfl_r18, 10 of its 12 classes, val AP" in out + err
+    assert load_detector("run").classes == known[:1:-1]
+
+    code, out, err = run("doctor", *teacher, *DISTILL[1:5], "--data", "my_coco", *SMALL[2:])
+    assert "12 classes" in out
+    assert "the data's 10 classes are among the teacher's; it is cut to them" in out
+
+    weights = ["--weights", "teacher.pth", "--detector", "gfl_r18"]
+    sizes = ["--set", "resize_short=[64]", "--set", "resize_long=64", "--set", "workers=0"]
+    code, out, err = run("eval", *weights, "--data", "my_coco", *sizes)
+    assert code == 0, err
+    assert out.startswith("measured are 10 of the 12 classes that it knows\n")
+
+    pair = ["--teacher", "gfl_r18=teacher.pth", "--student", "run"]
+    code, out, err = run("analyze", *pair, "--data", "my_coco", "--out", "pages")
+    assert code == 0, err
+
+
+def test_a_study_measures_it_on_them(run: Run, my_coco: Path, known: list[str]) -> None:
+    arguments = ["--teacher", "gfl_r18=teacher.pth", "--student", "gfl_r18", "--seeds", "0"]
+    arguments += ["--methods", "crosskd", "--data", "my_coco", "--out", "study"]
+    code, _, err = run("compare", *arguments, *SMALL)
+    assert code == 0, err
+    assert "AP" in json.loads(Path("study/teacher/test.json").read_text())["numbers"]
+
+
+def test_names_that_differ_are_mapped(run: Run, my_coco: Path, known: list[str]) -> None:
+    own = my_coco / "annotations"
+    for split in ("train", "val", "test"):
+        values = json.loads((own / f"{split}.json").read_text())
+        values["categories"][0]["name"] = "moo"
+        (own / f"{split}.json").write_text(json.dumps(values))
+    arguments = [*DISTILL, "--teacher", "gfl_r18=teacher.pth"]
+    refused(run, arguments, "crosskd: the teacher gfl_r18 knows no class 'moo' among its 12", "pkd")
+    refused(run, [*arguments, "--set", "class_map.mo=cow"], "did you mean 'moo'?")
+    refused(run, [*arguments, "--set", "class_map.moo=12"], "gfl_r18 has labels 0..11")
+    refused(run, [*arguments, "--set", "class_map.moo=-1"], "class_map")
+    code, out, err = run(*arguments, "--set", "class_map.moo=cow")
+    assert code == 0, err
+    assert "10 of its 12 classes" in out + err
+
+
+def test_a_map_is_refused_before_a_teacher_is_trained(run: Run, my_coco: Path) -> None:
+    arguments = ["compare", "--teacher", "gfl_r18", "--student", "gfl_r18", "--methods", "crosskd"]
+    arguments += ["--data", "my_coco", "--out", "run", *SMALL, "--seeds", "0"]
+    first = json.loads((my_coco / "annotations/train.json").read_text())["categories"][0]["name"]
+    refused(run, [*arguments, "--set", f"class_map.{first}=cow"], "knows no class 'cow'")
+
+
+def test_a_round_trip_through_mmdetection_keeps_the_names(run: Run, my_coco: Path) -> None:
+    model = narrow("gfl_r18", 2)
+    model.classes = ["cat", "dog"]
+    save_detector(model, Path("mine.safetensors"))
+    assert run("convert", "--weights", "mine.safetensors", "--out", "theirs.pth")[0] == 0
+    back = ["--detector", "gfl_r18", "--out", "again.safetensors"]
+    assert run("convert", "--weights", "theirs.pth", *back)[0] == 0
+    assert load_detector("again.safetensors").classes == ["cat", "dog"]
