@@ -9,8 +9,7 @@ import torchvision
 
 import detdistill as dd
 from detdistill import UserError, as_detector, load_detector, match_classes, save_detector
-from detdistill.detectors import FPNDetector
-from detdistill.detectors.classes import match_if_known
+from detdistill.detectors.classes import keep_classes, match_if_known
 from detdistill.detectors.factory import untrained
 from detdistill.errors import UserNotice
 from tests.helpers import DENSE_R18, FAMILIES_R18, TWO_STAGE_R18, make_batch, narrow
@@ -33,7 +32,7 @@ def lively(name, **options):
 
 def cut(model, kept=KEPT):
     copied = copy.deepcopy(model)
-    copied.keep_classes(kept)
+    keep_classes(copied, kept)
     return copied
 
 
@@ -100,7 +99,7 @@ def test_a_dense_view_reads_fewer_labels(build):
         weights=None, weights_backbone=None, num_classes=6
     ).eval()
     view, part = (as_detector(model, labels=range(1, 6)) for _ in range(2))
-    part.keep_classes(KEPT)
+    keep_classes(part, KEPT)
     batch = make_batch(num_classes=2)
     whole, found = view(batch).predictions.logits, part(batch).predictions.logits
     assert all(torch.equal(f, w[:, :, KEPT]) for f, w in zip(found, whole, strict=True))
@@ -118,7 +117,7 @@ def test_a_view_of_faster_rcnn_finds_what_torchvision_finds():
     [own] = model([image / 255])
     kept = own["labels"].unique(sorted=True).flip(0)[:2].tolist()
     part = as_detector(model)
-    part.keep_classes([label - 1 for label in kept])
+    keep_classes(part, [label - 1 for label in kept])
     [found] = part.predict([image], score_threshold=0.01)
     for label, known in enumerate(kept):
         scores = own["scores"][own["labels"] == known]
@@ -191,13 +190,13 @@ def test_what_cannot_be_matched(named, class_map, message):
 @pytest.mark.parametrize("kept", [[], [0, 0], [5], [-1]])
 def test_labels_that_cannot_stay(kept):
     with pytest.raises(ValueError, match=r"expected different labels of 0\.\.4"):
-        lively("gfl_r18").keep_classes(kept)
+        keep_classes(lively("gfl_r18"), kept)
 
 
 def test_a_family_of_others_may_not_know_how():
     stranger = SimpleNamespace(name="strange_r18", num_classes=2, classes=None)
-    with pytest.raises(UserError, match="strange_r18 cannot leave classes out"):
-        FPNDetector._keep_classes(stranger, [0])
+    with pytest.raises(UserError, match="strange_r18 has no convolution `logits`"):
+        keep_classes(stranger, [0])
 
 
 def test_what_was_cut_is_saved_where_a_file_can_say_so(tmp_path):

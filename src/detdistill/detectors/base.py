@@ -52,7 +52,7 @@ class FPNDetector(nn.Module):
     suffixes: tuple[str, ...] = ()  # of listed names, beside none
     relu_before_extra = False  # between the coarse levels of the pyramid
     strides: tuple[int, ...]
-    left_out = 0  # classes that it knew before `keep_classes`
+    left_out = 0  # classes that it knew before it was cut (see `classes`)
     pixel_mean: Tensor
     pixel_std: Tensor
 
@@ -95,9 +95,8 @@ class FPNDetector(nn.Module):
                 channels, fpn_channels, fpn_extra, self.relu_before_extra, fpn_group_norm
             )
         self.strides = self.fpn.strides
-        caffe = self.backbone.caffe
-        mean = self.caffe_mean if caffe else IMAGENET_MEAN
-        std = (1.0, 1.0, 1.0) if caffe else IMAGENET_STD
+        own = self.caffe_mean, (1.0, 1.0, 1.0)
+        mean, std = own if self.backbone.caffe else (IMAGENET_MEAN, IMAGENET_STD)
         self.register_buffer("pixel_mean", torch.tensor(mean), persistent=False)
         self.register_buffer("pixel_std", torch.tensor(std), persistent=False)
 
@@ -173,30 +172,6 @@ class FPNDetector(nn.Module):
     def weighted(self, terms: dict[str, Tensor]) -> dict[str, Tensor]:
         """Multiplies each raw term by its weight and names it `task/...`."""
         return {f"task/{name}": value * self.loss_weights[name] for name, value in terms.items()}
-
-    def keep_classes(self, kept: Sequence[int]) -> None:
-        """Leaves all classes out but these labels of 0..K-1, for good; class k is `kept[k]` then.
-
-        What the detector finds of the classes that stay does not change: their scores are read off
-        the same weights, and a softmax counts those that are left out as background.
-
-        Raises:
-            UserError: for a family that cannot leave classes out.
-        """
-        known = self.num_classes
-        if not kept or len(set(kept)) < len(kept) or not 0 <= min(kept) <= max(kept) < known:
-            raise ValueError(f"kept is {list(kept)}; expected different labels of 0..{known - 1}")
-        self._keep_classes(list(kept))
-        self.num_classes, self.left_out = len(kept), self.left_out + known - len(kept)
-        if self.classes is not None:
-            self.classes = [self.classes[label] for label in kept]
-
-    def _keep_classes(self, kept: list[int]) -> None:
-        """Cuts what predicts classes."""
-        raise UserError(
-            f"{self.name} cannot leave classes out: its family has no _keep_classes; train a "
-            f"teacher on the student's classes"
-        )
 
     def head_only(self) -> Self:
         """A trainable copy without backbone and pyramid, to stand on another detector's pyramid."""

@@ -3,9 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import cast
+
+from torch import nn
 
 from detdistill.detectors.base import FPNDetector
+from detdistill.detectors.roi_head import RoIHead
+from detdistill.detectors.two_stage import TwoStageDetector
+from detdistill.detectors.view_base import TorchvisionView
 from detdistill.errors import UserError
+from detdistill.parts.heads import with_outputs
 from detdistill.registry import nearest
 
 ClassMap = Mapping[str, str | int]
@@ -17,7 +24,7 @@ def match_classes(
 ) -> None:
     """Leaves the detector, in place, with the classes of a data set, in their order.
 
-    What it finds of them stays as it was (see `FPNDetector.keep_classes`).
+    What it finds of them stays as it was (see `keep_classes`).
 
     Args:
         detector: that knows all these classes, perhaps under other names.
@@ -41,7 +48,7 @@ def match_classes(
                 f"{detector.name}, which cannot tell them apart; train a teacher that does"
             )
     if rows != list(range(detector.num_classes)):
-        detector.keep_classes(rows)
+        keep_classes(detector, rows)
     detector.classes = list(classes)
 
 
@@ -54,6 +61,46 @@ def match_if_known(
     """
     if class_map or (classes and set(classes) <= set(detector.classes or ())):
         match_classes(detector, classes, class_map)
+
+
+def keep_classes(detector: FPNDetector, kept: Sequence[int]) -> None:
+    """Leaves all classes out but these labels of 0..K-1, for good; class k is `kept[k]` then.
+
+    What the detector finds of the classes that stay does not change. A sigmoid head loses rows of
+    its last layer; the softmax of an RoI head counts what is left out as background. A cascade
+    averages the logits of its stages, each with a background of its own then, so that its final
+    scores do change where the stages disagree. A torchvision model stays whole: its view reads
+    fewer labels.
+
+    Raises:
+        UserError: for a family of others whose class predictor is not known.
+    """
+    known = detector.num_classes
+    if not kept or len(set(kept)) < len(kept) or not 0 <= min(kept) <= max(kept) < known:
+        raise ValueError(f"kept is {list(kept)}; expected different labels of 0..{known - 1}")
+    if isinstance(detector, TorchvisionView):
+        labels = detector.labels or list(detector.known)
+        detector.labels = [labels[label] for label in kept]
+    if isinstance(detector, TwoStageDetector):
+        for head in detector.roi_heads:
+            cast(RoIHead, head).keep_classes(list(kept))
+    elif not isinstance(detector, TorchvisionView):
+        _cut_logits(detector, kept)
+    detector.num_classes, detector.left_out = len(kept), detector.left_out + known - len(kept)
+    if detector.classes is not None:
+        detector.classes = [detector.classes[label] for label in kept]
+
+
+def _cut_logits(detector: FPNDetector, kept: Sequence[int]) -> None:
+    logits = getattr(detector, "logits", None)
+    if not isinstance(logits, nn.Conv2d):
+        raise UserError(
+            f"{detector.name} has no convolution `logits`, so its classes cannot be cut; train a "
+            f"teacher on the student's classes"
+        )
+    first = range(0, logits.out_channels, detector.num_classes)  # of each anchor
+    rows = [start + label for start in first for label in kept]
+    detector.logits = with_outputs(logits, rows)
 
 
 def _row(detector: FPNDetector, name: str, mapped: str | int | None) -> int:

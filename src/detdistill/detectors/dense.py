@@ -13,7 +13,7 @@ from detdistill.detectors.inference import detect_image
 from detdistill.detectors.proposals import NMS_THRESHOLD, propose
 from detdistill.parts.anchors import AnchorGrid, PointGrid, cells_on_image
 from detdistill.parts.assigners import IGNORED, take_matches
-from detdistill.parts.heads import Tower, with_outputs
+from detdistill.parts.heads import Tower
 from detdistill.parts.losses import Reduce, mean_over_processes
 from detdistill.structures import (
     Assignment,
@@ -119,14 +119,6 @@ class DenseDetector(FPNDetector):
     def predict_cls(self, end: Tensor) -> Tensor:
         """(B, C, H, W) of the tower's end to logits (B, A*K, H, W)."""
         raise NotImplementedError
-
-    def _keep_classes(self, kept: list[int]) -> None:
-        """Cuts `logits`, the convolution that all families here predict classes with."""
-        logits = getattr(self, "logits", None)
-        if not isinstance(logits, nn.Conv2d):
-            return super()._keep_classes(kept)
-        first = range(0, logits.out_channels, self.num_classes)  # of each anchor
-        self.logits = with_outputs(logits, [start + label for start in first for label in kept])
 
     def predict_box(self, end: Tensor, level: int) -> Tensor:
         """(B, C, H, W) of the tower's end to encodings (B, A*D, H, W)."""

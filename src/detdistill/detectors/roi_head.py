@@ -85,7 +85,7 @@ class RoIHead(nn.Module):
             nn.init.zeros_(layer.bias)
 
     def keep_classes(self, kept: list[int]) -> None:
-        """Leaves all classes out but these labels of 0..K-1 (see `FPNDetector.keep_classes`)."""
+        """Leaves all classes out but these labels of 0..K-1 (see `classes.keep_classes`)."""
         self.logits = KeptClasses(self.logits, kept, self.num_classes)
         if not self.class_agnostic:
             rows = [4 * label + side for label in kept for side in range(4)]

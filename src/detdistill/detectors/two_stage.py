@@ -73,15 +73,6 @@ class TwoStageDetector(FPNDetector):
         """What a stage says of the proposals."""
         return self._stage(stage).roi(pyramid, proposals)
 
-    def _keep_classes(self, kept: list[int]) -> None:
-        """In every RoI head; the RPN knows none.
-
-        A cascade averages the logits of its stages, each with a background of its own then, so that
-        its final scores do change where the stages disagree.
-        """
-        for stage in range(len(self.roi_heads)):
-            self._stage(stage).keep_classes(kept)
-
     def _stage(self, stage: int) -> RoIHead:
         return self.roi_heads[stage]  # type: ignore[return-value]
 

@@ -108,11 +108,6 @@ class FasterRCNNView(TorchvisionView, TwoStageDetector):
         )
         return TwoStageAssignment(self.rpn.assign(output, targets), self.sample(proposals, targets))
 
-    def _keep_classes(self, kept: list[int]) -> None:
-        """The view and its head read fewer labels."""
-        super()._keep_classes(kept)
-        self._stage(0).keep_classes(kept)
-
     @torch.no_grad()
     def detect(
         self,

@@ -75,11 +75,6 @@ class TorchvisionView(FPNDetector):
         """Normalised images (B, 3, H, W) to the maps of the model's backbone."""
         return Pyramid(list(_named(self.model.backbone(images)).values()), self.strides)
 
-    def _keep_classes(self, kept: list[int]) -> None:
-        """The model stays whole: the view reads fewer of its labels."""
-        known = self.labels or list(self.known)
-        self.labels = [known[label] for label in kept]
-
     def head_only(self) -> Self:
         """A trainable copy without the backbone, to stand on another detector's pyramid."""
         body = self.model._modules.pop("backbone")
