@@ -361,8 +361,9 @@ def test_a_two_stage_student_lends_its_sample_and_meets_dense_teachers_too():
 def test_the_number_of_proposals_bounds_what_is_drawn(monkeypatch):
     distiller, _ = distil("retinanet", "faster_rcnn", proposals=7)
     link, seen = distiller.methods["head"].link, []
-    roi = distiller.teacher.roi
-    monkeypatch.setattr(distiller.teacher, "roi", lambda p, r, s: seen.append(r) or roi(p, r, s))
+    [head] = distiller.teacher.roi_heads
+    pool = head.pool
+    monkeypatch.setattr(head, "pool", lambda p, r: seen.append(r) or pool(p, r))
     distiller(make_batch((2, 1)))
     assert link.settings.proposals == 7
     assert [len(boxes) for boxes in seen[0].boxes_xyxy] == [9, 8]  # with the ground truth

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from detdistill.detectors.base import FPNDetector
 from detdistill.detectors.dense import DenseDetector
 from detdistill.detectors.factory import untrained
+from detdistill.detectors.roi_head import RoIHead
 from detdistill.detectors.two_stage import TwoStageDetector
 from detdistill.distill.adapters import (
     check_same_classes,
@@ -298,7 +299,8 @@ class RoILink(nn.Module):
         """The teacher's shared layers on the same boxes, from its own pyramid."""
         assert step.teacher is not None
         teacher = cast(TwoStageDetector, step.teacher_model)
-        return teacher.roi(step.teacher.pyramid, rois, stage).features
+        head = cast(RoIHead, teacher.roi_heads[stage])
+        return head.shared_features(head.pool(step.teacher.pyramid, rois))
 
 
 def _roi_assistant(student: FPNDetector, teacher: TwoStageDetector | None) -> RoIAssistant:
