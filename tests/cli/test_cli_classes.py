@@ -80,6 +80,10 @@ def test_names_that_differ_are_mapped(run: Run, my_coco: Path, known: list[str])
     code, out, err = run(*arguments, "--set", "class_map.moo=cow")
     assert code == 0, err
     assert "10 of its 12 classes" in out + err
+    # The map in the recipe of the run is the teacher's, not the student's.
+    code, out, err = run("eval", "--weights", "run", "--recipe", "run/recipe.yaml")
+    assert code == 0, err
+    assert "measured are" not in out
 
 
 def test_a_map_is_refused_before_a_teacher_is_trained(run: Run, my_coco: Path) -> None:

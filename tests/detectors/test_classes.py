@@ -176,6 +176,7 @@ def test_classes_are_matched_by_name():
         (True, {"crow": "burs"}, "knows no class 'burs' among its 5; did you mean 'bus'.$"),
         (True, {"crow": "cat"}, "'cat' and 'crow' are one class of gfl_r18"),
         (True, {"crow": 5}, "class_map: crow is 5, but gfl_r18 has labels 0..4"),
+        (True, {"crow": -1}, "class_map: crow is -1, but gfl_r18 has labels 0..4"),
         (False, {"crow": 4}, "names none of its 5 classes; .* --set class_map.cat=0"),
     ],
 )

@@ -257,6 +257,19 @@ def test_classes_in_another_order_are_refused():
         Distiller(student, teacher, {"crosskd": CrossKD()})
 
 
+def test_equal_names_do_not_hide_unequal_numbers_of_classes():
+    student, teacher = narrow(num_classes=2), narrow()
+    student.classes = teacher.classes = ["a", "b", "c"]
+    with pytest.raises(UserError, match="gfl_r18 predicts 2 classes, but its `classes` name 3"):
+        Distiller(student, teacher, {"crosskd": CrossKD()})
+
+
+def test_names_may_be_a_tuple():
+    student, teacher = pair()
+    student.classes, teacher.classes = ("a", "b", "c"), ["a", "b", "c"]
+    Distiller(student, teacher, {"crosskd": CrossKD()})
+
+
 def test_levels_that_do_not_match_are_refused():
     student, teacher = pair()
     student.strides = (4, 8, 16, 32, 64)

@@ -69,7 +69,8 @@ def evaluate(
     model = load(weights, detector)
     dataset = open_dataset(settings, split)
     show_faults(f"{dataset.source}", dataset.faults)
-    match_if_known(model, dataset.classes, settings.class_map)
+    taught = set(model.classes or ()) == set(dataset.classes)  # the map is its teacher's
+    match_if_known(model, dataset.classes, None if taught else settings.class_map)
     if model.left_out:
         known = model.num_classes + model.left_out
         typer.echo(f"measured are {model.num_classes} of the {known} classes that it knows")

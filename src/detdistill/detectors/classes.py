@@ -107,7 +107,7 @@ def _row(detector: FPNDetector, name: str, mapped: str | int | None) -> int:
     """The detector's label of a class of the data."""
     count, own = detector.num_classes, detector.classes
     if isinstance(mapped, int):
-        if mapped >= count:
+        if not 0 <= mapped < count:
             raise UserError(
                 f"class_map: {name} is {mapped}, but {detector.name} has labels 0..{count - 1}"
             )

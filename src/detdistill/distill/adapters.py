@@ -101,7 +101,13 @@ def called(model: object) -> str:
 
 def check_same_classes(student: FPNDetector, teacher: FPNDetector, method: str) -> None:
     """Refuses a pair whose classes differ in number, name or order."""
-    own, known = student.classes, teacher.classes
+    for model in (student, teacher):
+        if model.classes and len(model.classes) != model.num_classes:
+            raise UserError(
+                f"{method}: {model.name} predicts {model.num_classes} classes, but its `classes` "
+                f"name {len(model.classes)}; name each of its labels once, in their order"
+            )
+    own, known = list(student.classes or ()), list(teacher.classes or ())
     if own == known if own and known else student.num_classes == teacher.num_classes:
         return
     counts = (

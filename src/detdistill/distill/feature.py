@@ -6,7 +6,6 @@ import copy
 from typing import Literal, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from detdistill.detectors.base import FPNDetector
@@ -15,6 +14,7 @@ from detdistill.distill.adapters import (
     channel_adapter,
     check_same_classes,
     match_levels,
+    mean_square,
     projection,
     require_dense,
     require_own_head,
@@ -66,7 +66,7 @@ class FeatureImitation(Method):
         self.weights = {"map": weight}
         self.at, self.depth = at, depth
         self.places = ("cls", "box") if at == "towers" else (at,)
-        self.difference = pattern_difference if difference == "pattern" else square_difference
+        self.difference = pattern_difference if difference == "pattern" else mean_square
         self.per_level, self.transfer_head = adapter == "per_level", transfer_head
         self.teacher_stage = "pyramid" if at == "neck" else "head"
 
@@ -118,11 +118,6 @@ class FeatureImitation(Method):
 
 def _maps(output: DenseOutput, branch: str, depth: int) -> list[Tensor]:
     return tower_maps(output, branch, depth) if depth else output.pyramid.levels
-
-
-def square_difference(student: Tensor, teacher: Tensor) -> Tensor:
-    """Mean squared difference of two (B, C, H, W) maps; float32."""
-    return F.mse_loss(student.float(), teacher.float())
 
 
 def copy_head(student: FPNDetector, teacher: FPNDetector) -> None:
