@@ -133,3 +133,24 @@ def test_a_text_names_each_method_once() -> None:
         UserError, match=r"^pkd\+crosskd\+pkd names pkd more than once: name it once"
     ):
         recipe.methods_of("pkd+crosskd+pkd")
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ("class_map.car=-1", r"^--set class_map.car=-1: class_map.car: expected what the teacher"),
+        ("class_map.car=true", r"class_map.car: expected .* from 0 on; .*\(found True\)"),
+        ("class_map.v1.5=car", r"class_map.v1: .* in braces: --set 'class_map=\{\"v1.5\": NAME\}'"),
+        ("class_map={0: car}", "class_map: YAML reads the class 0 as no text: put its name in quo"),
+        ("class_map=[car]", "class_map: Input should be a valid dictionary"),
+    ],
+)
+def test_a_wrong_class_map_is_told_in_plain_words(given: str, message: str) -> None:
+    with pytest.raises(UserError, match=message) as refusal:
+        resolve_recipe({}, "mine.yaml", assignments=[given])
+    assert "function-" not in str(refusal.value)
+
+
+def test_a_class_map_has_names_and_labels() -> None:
+    recipe = resolve_recipe({}, "", assignments=["class_map={v1.5: cow, '0': '3', dog: 2}"])
+    assert recipe.class_map == {"v1.5": "cow", "0": "3", "dog": 2}

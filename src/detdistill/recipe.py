@@ -34,6 +34,22 @@ def _no_argument(options: dict[str, Any]) -> dict[str, Any]:
     return options
 
 
+def _texts(class_map: Any) -> Any:
+    for name in class_map if isinstance(class_map, dict) else ():
+        if not isinstance(name, str):
+            raise ValueError(f"YAML reads the class {name!r} as no text: put its name in quotes")
+    return class_map
+
+
+def _known_class(value: Any) -> Any:
+    if isinstance(value, str) or (type(value) is int and value >= 0):
+        return value
+    raise ValueError(
+        "expected what the teacher calls the class, or its label there, a whole number from 0 on; "
+        "a class with a dot or = in its name stands in braces: --set 'class_map={\"v1.5\": NAME}'"
+    )
+
+
 # Texts are taken where they are numbers: YAML reads 1e-3 as a text.
 Whole = Annotated[int, BeforeValidator(_no_bool)]
 Number = Annotated[float, BeforeValidator(_no_bool)]
@@ -45,6 +61,8 @@ Strength = Annotated[Number, Field(le=1e6)]  # beyond it, float32 overflows with
 Fraction = Annotated[Number, Field(ge=0, le=1)]
 Options = Annotated[dict[str, Any], AfterValidator(_no_argument)]
 """Keywords of a detector or a method, which come beside the arguments of the function called."""
+KnownClass = Annotated[str | int, BeforeValidator(_known_class)]
+"""What a teacher calls a class of the data, or its label there."""
 ARM_NAME = r"[A-Za-z0-9_+-]+"  # a folder, too
 OTHER_ARMS = ("teacher", "student", "student_same_time")
 Place = tuple[str, ...]  # of a setting: ("student_options", "fpn_channels")
@@ -60,7 +78,9 @@ class Recipe(BaseModel):
     student_options: Options = {}
     teacher: str | None = None
     teacher_options: Options = {}
-    class_map: dict[str, Annotated[Whole, Field(ge=0)] | str] = {}  # of the data: the teacher's
+    class_map: Annotated[
+        dict[str, KnownClass], BeforeValidator(_texts)
+    ] = {}  # of the data: the teacher's
     methods: dict[str, Options] = {}
     arms: dict[str, dict[str, Options]] = {}  # of `compare`: each a name for a set of methods
 

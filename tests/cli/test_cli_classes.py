@@ -6,9 +6,9 @@ import json
 from pathlib import Path
 
 import torch
-from pytest import fixture
+from pytest import fixture, warns
 
-from detdistill import load_detector, save_detector
+from detdistill import UserNotice, load_detector, save_detector
 from detdistill.detectors import to_mmdetection_state
 from tests.cli.conftest import Run
 from tests.cli.test_cli_bad_input import refused
@@ -52,6 +52,7 @@ def test_it_is_cut_to_them(run: Run, my_coco: Path, known: list[str]) -> None:
     code, out, err = run("eval", *weights, "--data", "my_coco", *sizes)
     assert code == 0, err
     assert out.startswith("measured are 10 of the 12 classes that it knows\n")
+    assert "Next: detdistill predict --weights teacher.pth --detector gfl_r18 IMAGES" in out
 
     pair = ["--teacher", "gfl_r18=teacher.pth", "--student", "run"]
     code, out, err = run("analyze", *pair, "--data", "my_coco", "--out", "pages")
@@ -77,6 +78,10 @@ def test_names_that_differ_are_mapped(run: Run, my_coco: Path, known: list[str])
     refused(run, [*arguments, "--set", "class_map.mo=cow"], "did you mean 'moo'?")
     refused(run, [*arguments, "--set", "class_map.moo=12"], "gfl_r18 has labels 0..11")
     refused(run, [*arguments, "--set", "class_map.moo=-1"], "class_map")
+    measured = ["eval", "--weights", "teacher.pth", "--detector", "gfl_r18", "--data", "my_coco"]
+    refused(run, measured, "knows no class 'moo' among its 12", "--set class_map.moo=NAME")
+    study = ["compare", *arguments[1:3], "--methods", "pkd", *arguments[5:], "--seeds", "0"]
+    refused(run, study, "a study measures its teacher, too", "--set class_map.moo=NAME")
     code, out, err = run(*arguments, "--set", "class_map.moo=cow")
     assert code == 0, err
     assert "10 of its 12 classes" in out + err
@@ -91,6 +96,24 @@ def test_a_map_is_refused_before_a_teacher_is_trained(run: Run, my_coco: Path) -
     arguments += ["--data", "my_coco", "--out", "run", *SMALL, "--seeds", "0"]
     first = json.loads((my_coco / "annotations/train.json").read_text())["categories"][0]["name"]
     refused(run, [*arguments, "--set", f"class_map.{first}=cow"], "knows no class 'cow'")
+
+
+def test_names_that_occur_twice_are_told(run: Run, my_coco: Path, known: list[str]) -> None:
+    content = torch.load("teacher.pth", weights_only=True)
+    content["meta"]["CLASSES"] = ("cow", "cow", *known[2:])
+    torch.save(content, "teacher.pth")
+    code, _, err = run(*DISTILL, "--teacher", "gfl_r18=teacher.pth")
+    assert code == 2 and "without names nothing tells which is which" in err
+    with warns(UserNotice, match="names 'cow' more than once: the names are left out"):
+        load_detector("gfl_r18", "teacher.pth")
+
+
+def test_doctor_does_not_ask_for_a_teacher_that_it_was_given(run: Run, known: list[str]) -> None:
+    given = ["--teacher", "gfl_r18=teacher.pth", *DISTILL[1:5], "--data", "my_coco", *SMALL[2:]]
+    code, out, err = run("doctor", *given, "--images", "2", "--set", "class_map.disc=dics")
+    assert code == 1, err
+    assert "  problem  gfl_r18 knows no class 'dics' among its 12" in out
+    assert "needs a teacher" not in out and "not tried: crosskd" in out
 
 
 def test_a_round_trip_through_mmdetection_keeps_the_names(run: Run, my_coco: Path) -> None:

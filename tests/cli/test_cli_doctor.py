@@ -152,10 +152,16 @@ def test_a_teacher_of_other_classes(run: Run, good_coco: Path) -> None:
     command = [*PAIR, "--teacher", "teacher.safetensors", "--images", "2"]
     code, out, _ = run(*command, "--method", "pkd")
     assert code == 0
-    assert "  warning  the teacher knows 80 classes, the data have 1" in out
+    assert (
+        "  warning  the teacher knows 80 classes, which its file does not name, the data have 1"
+        in out
+    )
     code, out, _ = run(*command, "--method", "crosskd")
     assert code == 1
-    assert "  problem  the teacher knows 80 classes, the data have 1" in out
+    assert (
+        "  problem  the teacher knows 80 classes, which its file does not name, the data have 1"
+        in out
+    )
     assert "  problem  does not fit: crosskd: the teacher" in out
 
 

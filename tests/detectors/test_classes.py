@@ -1,6 +1,7 @@
 """Detectors that are cut to some of their classes, and how classes are matched by name."""
 
 import copy
+import shlex
 from types import SimpleNamespace
 
 import pytest
@@ -9,9 +10,10 @@ import torchvision
 
 import detdistill as dd
 from detdistill import UserError, as_detector, load_detector, match_classes, save_detector
-from detdistill.detectors.classes import keep_classes, match_if_known
+from detdistill.detectors.classes import keep_classes, map_option, match_if_known
 from detdistill.detectors.factory import untrained
 from detdistill.errors import UserNotice
+from detdistill.recipe import resolve_recipe
 from tests.helpers import DENSE_R18, FAMILIES_R18, TWO_STAGE_R18, make_batch, narrow
 
 KNOWN = ["person", "car", "dog", "cat", "bus"]
@@ -172,11 +174,20 @@ def test_classes_are_matched_by_name():
     ("named", "class_map", "message"),
     [
         (True, {"cow": "dog"}, "class_map: 'cow' is no class of the data; did you mean 'crow'?"),
-        (True, {}, "gfl_r18 knows no class 'crow' among its 5; known: .*class_map.crow=NAME"),
+        (
+            True,
+            {},
+            "gfl_r18 knows no class 'crow' among its 5; map it: --set class_map.crow=NAME; known: ",
+        ),
         (True, {"crow": "burs"}, "knows no class 'burs' among its 5; did you mean 'bus'.$"),
         (True, {"crow": "cat"}, "'cat' and 'crow' are one class of gfl_r18"),
         (True, {"crow": 5}, "class_map: crow is 5, but gfl_r18 has labels 0..4"),
         (True, {"crow": -1}, "class_map: crow is -1, but gfl_r18 has labels 0..4"),
+        (
+            True,
+            {"crow": "4"},
+            "knows no class '4' .*; a label is a number without quotes: .*=4; known",
+        ),
         (False, {"crow": 4}, "names none of its 5 classes; .* --set class_map.cat=0"),
     ],
 )
@@ -186,6 +197,18 @@ def test_what_cannot_be_matched(named, class_map, message):
     with pytest.raises(UserError, match=message):
         match_classes(model, ["cat", "crow"], class_map)
     assert model.num_classes == 5
+
+
+def test_what_a_label_stands_for_is_told():
+    model = lively("gfl_r18")
+    with pytest.warns(UserNotice, match="label 1 of gfl_r18, here scooter, is its 'car'"):
+        match_classes(model, ["cat", "scooter"], {"scooter": 1})
+
+
+def test_a_shell_takes_the_option_that_is_advised():
+    for name in ("car", "traffic light", "v1.5 of it's", "a=b: c", "7"):
+        _, setting = shlex.split(map_option(name, "dog"))
+        assert resolve_recipe({}, "", assignments=[setting]).class_map == {name: "dog"}
 
 
 @pytest.mark.parametrize("kept", [[], [0, 0], [5], [-1]])

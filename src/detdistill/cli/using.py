@@ -62,7 +62,7 @@ def evaluate(
     from detdistill.cli.tables import print_metrics
     from detdistill.data import open_dataset
     from detdistill.data.transforms import out_of_reach
-    from detdistill.detectors.classes import match_if_known
+    from detdistill.detectors.classes import match_classes, match_if_known
     from detdistill.evaluation.run import evaluate_dataset
     from detdistill.progress import Counts
 
@@ -70,7 +70,8 @@ def evaluate(
     dataset = open_dataset(settings, split)
     show_faults(f"{dataset.source}", dataset.faults)
     taught = set(model.classes or ()) == set(dataset.classes)  # the map is its teacher's
-    match_if_known(model, dataset.classes, None if taught else settings.class_map)
+    match = match_classes if model.num_classes > len(dataset.classes) else match_if_known
+    match(model, dataset.classes, None if taught else settings.class_map)
     if model.left_out:
         known = model.num_classes + model.left_out
         typer.echo(f"measured are {model.num_classes} of the {known} classes that it knows")
@@ -84,8 +85,9 @@ def evaluate(
     print_metrics(metrics.numbers, metrics.per_class)
     if metrics.numbers["AP"] < 0:
         typer.echo(f"{dataset.source} holds no boxes, so there is nothing to measure.")
+    named = "" if detector is None else f" --detector {detector}"
     typer.echo(
-        f"Next: detdistill predict --weights {shlex.quote(str(weights))} IMAGES --out FOLDER"
+        f"Next: detdistill predict --weights {shlex.quote(str(weights))}{named} IMAGES --out FOLDER"
     )
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import shlex
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import cast
 
@@ -11,7 +14,7 @@ from detdistill.detectors.base import FPNDetector
 from detdistill.detectors.roi_head import RoIHead
 from detdistill.detectors.two_stage import TwoStageDetector
 from detdistill.detectors.view_base import TorchvisionView
-from detdistill.errors import UserError
+from detdistill.errors import UserError, UserNotice
 from detdistill.parts.heads import with_outputs
 from detdistill.registry import nearest
 
@@ -63,6 +66,13 @@ def match_if_known(
         match_classes(detector, classes, class_map)
 
 
+def map_option(name: str, value: str) -> str:
+    """The option of a command that maps a class of the data, as a shell takes it."""
+    if set(name) & set(".="):
+        return f"--set {shlex.quote(f'class_map={{{json.dumps(name)}: {value}}}')}"
+    return f"--set {shlex.quote(f'class_map.{name}={value}')}"
+
+
 def keep_classes(detector: FPNDetector, kept: Sequence[int]) -> None:
     """Leaves all classes out but these labels of 0..K-1, for good; class k is `kept[k]` then.
 
@@ -111,17 +121,26 @@ def _row(detector: FPNDetector, name: str, mapped: str | int | None) -> int:
             raise UserError(
                 f"class_map: {name} is {mapped}, but {detector.name} has labels 0..{count - 1}"
             )
+        if own is not None:
+            warnings.warn(
+                f"class_map: label {mapped} of {detector.name}, here {name}, "
+                f"is its {own[mapped]!r}",
+                UserNotice,
+                stacklevel=3,
+            )
         return mapped
     wanted = name if mapped is None else mapped
     if own is None:
         raise UserError(
             f"{detector.name} names none of its {count} classes; say by class_map which label each "
-            f"class of the data has there, e.g. --set class_map.{name}=0"
+            f"class of the data has there, a number without quotes, e.g. {map_option(name, '0')}"
         )
     if wanted not in own:
-        way_out = "" if mapped is not None else f", and map it: --set class_map.{name}=NAME"
+        way_out = "" if mapped is not None else f"; map it: {map_option(name, 'NAME')}"
+        if mapped is not None and mapped.isdecimal():
+            way_out = f"; a label is a number without quotes: {map_option(name, mapped)}"
         raise UserError(
-            f"{detector.name} knows no class {wanted!r} among its {count}; "
-            f"{nearest(wanted, own)}{way_out}"
+            f"{detector.name} knows no class {wanted!r} among its {count}{way_out}; "
+            f"{nearest(wanted, own)}"
         )
     return own.index(wanted)

@@ -181,9 +181,12 @@ def _fitting_names(
     """The names that a checkpoint has, unless they cannot be those of its detector's classes."""
     if classes is None or len(set(classes)) == len(classes) == detector.num_classes:
         return classes
+    twice = sorted({name for name in classes if classes.count(name) > 1})
+    fault = f"{len(classes)} classes ({few(classes)}) but predicts {detector.num_classes}"
+    if twice:
+        fault = f"{twice[0]!r} more than once"
     warnings.warn(
-        f"{file} names {len(classes)} classes ({few(classes)}) but predicts "
-        f"{detector.num_classes}: the names are left out",
+        f"{file} names {fault}: the names are left out; class_map takes labels instead",
         UserNotice,
         stacklevel=3,
     )

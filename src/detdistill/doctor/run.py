@@ -182,7 +182,8 @@ class Doctor:
         advice = f"train a teacher: {self.get_teacher}"
         if teacher.model is not None:
             advice = "choose one that fits; doctor without --method tries all methods"
-        section = Section("methods", "Methods", check_pair(fits, self.asked, advice))
+        given = self.recipe.teacher is not None and teacher.model is None  # its fault is told
+        section = Section("methods", "Methods", check_pair(fits, self.asked and not given, advice))
         self.fitting = sorted((f.name for f in fits if not f.reason), key=_preference)
         section.numbers = {f.name: {"fits": not f.reason, "reason": f.reason} for f in fits}
         return section

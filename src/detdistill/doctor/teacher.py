@@ -11,7 +11,7 @@ from detdistill.data import DetectionDataset
 from detdistill.data.eval_loader import spread_subset
 from detdistill.data.transforms import eval_size
 from detdistill.detectors import FPNDetector, create_detector
-from detdistill.detectors.classes import match_if_known
+from detdistill.detectors.classes import map_option, match_if_known
 from detdistill.doctor.data import boxes_per_class
 from detdistill.doctor.finding import Finding, Level, from_error
 from detdistill.engine.build import load_teacher
@@ -112,7 +112,7 @@ def check_classes(
             f"the teacher knows {teacher.num_classes} classes, which its file does not name, the "
             f"data have {len(classes)}"
         )
-        way_out = f"say which label each class has there, e.g. --set class_map.{classes[0]}=0"
+        way_out = f"say which label each class has there, e.g. {map_option(classes[0], '0')}"
     else:
         unknown = [name for name in classes if name not in own]
         more = f" and {len(unknown) - 1} more" if len(unknown) > 1 else ""
@@ -120,7 +120,7 @@ def check_classes(
             f"the teacher does not know the class {unknown[0]!r}{more} among its "
             f"{teacher.num_classes}; {nearest(unknown[0], own)}"
         )
-        way_out = f"say what it calls it, --set class_map.{unknown[0]}=NAME"
+        way_out = f"say what it calls it, {map_option(unknown[0], 'NAME')}"
     level: Level = "problem" if needed else "warning"
     return [Finding(level, text, f"{way_out}, or train a teacher on these data: {advice}")]
 

@@ -13,7 +13,7 @@ from detdistill.data import (
 )
 from detdistill.data.fingerprint import fingerprint
 from detdistill.detectors import FPNDetector, create_detector
-from detdistill.detectors.classes import match_if_known
+from detdistill.detectors.classes import match_classes, match_if_known
 from detdistill.distill import Distiller, create_method
 from detdistill.engine.ahead import look_ahead
 from detdistill.engine.build import load_teacher
@@ -108,10 +108,10 @@ def _check_pairs(
         parts = recipe.methods_of(name).items()
         Distiller(student, model, {part: create_method(part, **given) for part, given in parts})
     if model is not None and not knows_classes(model, test):
-        raise UserError(
-            f"a study measures its teacher, too, and the classes of {teacher} are not those of "
-            f"{test.source}: choose a teacher of the same task"
-        )
+        try:
+            match_classes(model, test.classes)
+        except UserError as error:
+            raise UserError(f"a study measures its teacher, too: {error}") from None
 
 
 def _look_ahead(
