@@ -62,7 +62,7 @@ def evaluate(
     from detdistill.cli.tables import print_metrics
     from detdistill.data import open_dataset
     from detdistill.data.transforms import out_of_reach
-    from detdistill.detectors.classes import match_classes, match_if_known
+    from detdistill.detectors.classes import known_classes, match_classes, match_if_known
     from detdistill.evaluation.run import evaluate_dataset
     from detdistill.progress import Counts
 
@@ -73,7 +73,7 @@ def evaluate(
     match = match_classes if model.num_classes > len(dataset.classes) else match_if_known
     match(model, dataset.classes, None if taught else settings.class_map)
     if model.left_out:
-        known = model.num_classes + model.left_out
+        known = known_classes(model)
         typer.echo(f"measured are {model.num_classes} of the {known} classes that it knows")
     chosen = settings.model_fields_set & {"resize_short", "resize_long"}
     settings = at_input_size(settings, model)

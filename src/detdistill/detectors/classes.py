@@ -66,6 +66,11 @@ def match_if_known(
         match_classes(detector, classes, class_map)
 
 
+def known_classes(detector: FPNDetector) -> int:
+    """How many classes it knew before it was cut."""
+    return detector.num_classes + detector.left_out
+
+
 def map_option(name: str, value: str) -> str:
     """The option of a command that maps a class of the data, as a shell takes it."""
     if set(name) & set(".="):

@@ -11,7 +11,7 @@ from detdistill.data import DetectionDataset
 from detdistill.data.eval_loader import spread_subset
 from detdistill.data.transforms import eval_size
 from detdistill.detectors import FPNDetector, create_detector
-from detdistill.detectors.classes import map_option, match_if_known
+from detdistill.detectors.classes import known_classes, map_option, match_if_known
 from detdistill.doctor.data import boxes_per_class
 from detdistill.doctor.finding import Finding, Level, from_error
 from detdistill.engine.build import load_teacher
@@ -75,8 +75,7 @@ def open_teacher(recipe: Recipe, classes: Sequence[str], advice: str) -> Teacher
         return Teacher(findings=[from_error("problem", error)])
     assert loaded is not None  # the recipe names one
     size = f"{count_parameters(loaded) / 1e6:.1f} M parameters"
-    known = loaded.num_classes + loaded.left_out
-    text = f"{loaded.name} from {recipe.teacher}: {size}, {known} classes"
+    text = f"{loaded.name} from {recipe.teacher}: {size}, {known_classes(loaded)} classes"
     return Teacher(loaded, trained=True, findings=[Finding("ok", text)])
 
 

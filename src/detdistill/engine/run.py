@@ -14,6 +14,7 @@ from detdistill import __version__
 from detdistill.data import TrainBatches
 from detdistill.data.transforms import eval_size
 from detdistill.detectors import FPNDetector, save_detector
+from detdistill.detectors.classes import known_classes
 from detdistill.distill import Distiller, Method
 from detdistill.distill.schedule import named_schedules
 from detdistill.engine.ahead import look_ahead
@@ -146,8 +147,7 @@ class Run:
         self._write("teacher", split="val", metrics=metrics.numbers)
         cut = ""
         if teacher.left_out:
-            known = teacher.num_classes + teacher.left_out
-            cut = f", {teacher.num_classes} of its {known} classes"
+            cut = f", {teacher.num_classes} of its {known_classes(teacher)} classes"
         self.display.say(f"teacher {teacher.name}{cut}, val AP {100 * self.teacher_ap:.1f}")
         shown = eval_size(self.recipe)
         if teacher.input_size is not None and teacher.input_size != shown:
