@@ -193,7 +193,7 @@ def without_onnxscript(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("make", "options", "sentence"),
     [
-        (lambda: narrow("faster_rcnn_r18"), {}, "faster_rcnn_r18 has two stages.*gfl.*retinanet"),
+        (lambda: narrow("faster_rcnn_r18"), {}, "faster_rcnn_r18 has two stages.*--nms"),
         (lambda: as_detector(fcos()), {"nms": True}, "torchvision_fcos exports without NMS only"),
         (narrow, {}, "gfl_r18 do not say their input size.*--size"),
         (narrow, {"size": (100, 64)}, "100 x 64: expected multiples of 32 pixels, e.g. 96 x 64"),

@@ -299,7 +299,7 @@ def pool_boxes(pyramid: Pyramid, proposals: Proposals) -> Tensor:
     """RoIAlign (arXiv 1703.06870) to (R, C, 7, 7) float32, from the level that suits a box."""
     rois = indexed_boxes(proposals)
     levels = pyramid.levels[:LEVELS]
-    level_of_box = _pooling_level(rois[:, 1:], len(levels))
+    level_of_box = pooling_level(rois[:, 1:], len(levels))
     pooled, order = [], []
     for i, (level, stride) in enumerate(zip(levels, pyramid.strides[:LEVELS], strict=True)):
         rows = (level_of_box == i).nonzero()[:, 0]
@@ -324,7 +324,7 @@ def pool_level(
     return pooled
 
 
-def _pooling_level(boxes_xyxy: Tensor, levels: int) -> Tensor:
+def pooling_level(boxes_xyxy: Tensor, levels: int) -> Tensor:
     """(R,) int64: FPN (arXiv 1612.03144) eq. 1, the finest level up to twice `FINEST_SCALE`."""
     scale = area(boxes_xyxy).sqrt() / FINEST_SCALE
     return (scale + 1e-6).log2().floor().clamp(0, levels - 1).long()

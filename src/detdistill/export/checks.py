@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Literal, cast, get_args
 
 import torch
 
 from detdistill.detectors import DenseDetector, FPNDetector
-from detdistill.detectors.registry import FAMILIES
+from detdistill.detectors.two_stage import TwoStageDetector
 from detdistill.detectors.view_base import TorchvisionView
 from detdistill.errors import UserError
 from detdistill.parts.heads import PointConv
@@ -38,20 +38,27 @@ def check_installed() -> None:
         )
 
 
-def check_detector(detector: FPNDetector, nms: bool) -> DenseDetector:
+def check_detector(detector: FPNDetector, nms: bool) -> DenseDetector | TwoStageDetector:
     """The detector, if it can be exported."""
-    if not isinstance(detector, DenseDetector):
-        known = [name for name in FAMILIES.names() if issubclass(FAMILIES.get(name), DenseDetector)]
-        raise UserError(
-            f"{detector.name} has two stages, and detectors of one stage can be exported "
-            f"({', '.join(known)}): distil it into one of them"
-        )
-    if nms and isinstance(detector, TorchvisionView):
+    own = not isinstance(detector, TorchvisionView)
+    if isinstance(detector, TwoStageDetector):
+        if not own:
+            raise UserError(
+                f"{detector.name} does not export, since its RoI head is torchvision's: distil it "
+                f"into a detector of detdistill (see detdistill list detectors)"
+            )
+        if not nms:
+            raise UserError(
+                f"{detector.name} has two stages, the second of which looks at boxes that NMS has "
+                f"chosen, so it exports with NMS only: --nms (nms=True in Python)"
+            )
+        return detector
+    if nms and not own:
         raise UserError(
             f"{detector.name} exports without NMS only, since its post-processing is "
             f"torchvision's: leave nms out"
         )
-    return detector
+    return cast(DenseDetector, detector)
 
 
 def image_type(name: str) -> torch.dtype:

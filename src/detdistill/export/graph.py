@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from detdistill.boxes import has_area
-from detdistill.detectors import DenseDetector
+from detdistill.detectors import DenseDetector, FPNDetector
 from detdistill.detectors.inference import BEST_PER_LEVEL
+from detdistill.detectors.rpn import RPN
 from detdistill.export.suppression import survivors
 from detdistill.structures import DenseOutput, Pyramid, flatten_maps
 
@@ -30,27 +31,61 @@ class _FixedAnchors:
         return self.anchors
 
 
-class RawGraph(nn.Module):
-    """From pixels to every decoded box and its final scores."""
+class Graph(nn.Module):
+    """From pixels to what a dense head predicts, for images of one type and size alone.
+
+    Args:
+        detector: is taken over.
+        anchored: the detector, or its RPN.
+        size: (h, w) pixels to which images are padded.
+        dtype: of the images.
+    """
+
+    outputs: tuple[str, ...]
 
     def __init__(
-        self, detector: DenseDetector, size: tuple[int, int], dtype: torch.dtype = torch.uint8
+        self,
+        detector: FPNDetector,
+        anchored: DenseDetector | RPN,
+        size: tuple[int, int],
+        dtype: torch.dtype,
     ) -> None:
-        """Takes over the detector, for images of one type padded to (h, w) pixels alone."""
+        """Fixes the anchors."""
         super().__init__()
         self.detector, self.size, self.dtype = detector, size, dtype
         with torch.no_grad():
             pyramid = detector.pyramid(torch.zeros(1, 3, *size))
-        anchors = [level.clone() for level in detector.grid(pyramid)]
-        detector.grid = _FixedAnchors(anchors, detector.grid.per_location)  # type: ignore[assignment]
+        anchors = [level.clone() for level in anchored.grid(pyramid)]
+        anchored.grid = _FixedAnchors(anchors, anchored.grid.per_location)  # type: ignore[assignment]
 
-    def forward(self, images: Tensor, sizes: Tensor) -> tuple[Tensor, ...]:
-        """Boxes (B, P, 4), pixels of the batch, clipped; scores (B, P, K), 0..1.
+    def predictions(self, images: Tensor, sizes: Tensor) -> DenseOutput:
+        """What the detector predicts, whatever the padding holds.
 
         Args:
             images: (B, 3, H, W) RGB, 0..255, padded at the right and the bottom with anything.
             sizes: (B, 2) int64, h and w of each image before padding.
         """
+        height, width = images.shape[-2:]
+        below = torch.arange(height)[:, None] >= sizes[:, 0, None, None, None]
+        beside = torch.arange(width) >= sizes[:, 1, None, None, None]
+        pixels = torch.where(below | beside, 0.0, self.detector.own_pixels(images))
+        return self.detector.head(self.detector.pyramid(pixels))
+
+
+class RawGraph(Graph):
+    """From pixels to every decoded box and its final scores."""
+
+    detector: DenseDetector
+    outputs = ("boxes_xyxy", "scores")
+
+    def __init__(
+        self, detector: DenseDetector, size: tuple[int, int], dtype: torch.dtype = torch.uint8
+    ) -> None:
+        """Takes over the detector."""
+        super().__init__(detector, detector, size, dtype)
+
+    def forward(self, images: Tensor, sizes: Tensor) -> tuple[Tensor, ...]:
+        """Boxes (B, P, 4), pixels of the batch, clipped; scores (B, P, K), 0..1."""
         output = self.predictions(images, sizes)
         flat = output.predictions.flatten()
         anchors = self.detector.flat_anchors(output.anchors)
@@ -60,32 +95,53 @@ class RawGraph(nn.Module):
             scores = self.detector.with_quality(scores, flat.quality[..., None])
         return boxes, scores * has_area(boxes)[..., None]
 
-    def predictions(self, images: Tensor, sizes: Tensor) -> DenseOutput:
-        """What the detector predicts, whatever the padding holds."""
-        height, width = images.shape[-2:]
-        below = torch.arange(height)[:, None] >= sizes[:, 0, None, None, None]
-        beside = torch.arange(width) >= sizes[:, 1, None, None, None]
-        pixels = torch.where(below | beside, 0.0, self.detector.own_pixels(images))
-        return self.detector.head(self.detector.pyramid(pixels))
 
+class FinalGraph(Graph):
+    """From pixels to what a detector's `detect` finds, in a fixed number of slots.
 
-class DetectionGraph(RawGraph):
-    """From pixels to what `DenseDetector.detect` finds, in a fixed number of slots."""
+    Boxes (B, M, 4), scores (B, M) and int64 labels (B, M), best first. Slots that hold no detection
+    come last, with score 0 and label `NOTHING`.
+    """
 
+    outputs = ("boxes_xyxy", "scores", "labels")
     score_threshold: Tensor
+
+    def __init__(
+        self,
+        detector: FPNDetector,
+        anchored: DenseDetector | RPN,
+        size: tuple[int, int],
+        dtype: torch.dtype,
+    ) -> None:
+        """The threshold becomes a tensor of its own in the file."""
+        super().__init__(detector, anchored, size, dtype)
+        self.register_buffer("score_threshold", torch.tensor(SCORE_THRESHOLD))
+
+    def best(self, boxes: Tensor, scores: Tensor, labels: Tensor) -> tuple[Tensor, ...]:
+        """The slots, from boxes (B, P, 4), scores (B, P), 0 for what NMS removed, and labels."""
+        best, index = scores.topk(min(MAX_DETECTIONS, scores.shape[1]))
+        boxes = boxes.gather(1, index[..., None].expand(-1, -1, 4))
+        found = best > 0
+        return (
+            torch.where(found[..., None], boxes, 0.0),
+            best,
+            torch.where(found, labels.gather(1, index), NOTHING),
+        )
+
+
+class DetectionGraph(FinalGraph):
+    """What `DenseDetector.detect` finds."""
+
+    detector: DenseDetector
 
     def __init__(
         self, detector: DenseDetector, size: tuple[int, int], dtype: torch.dtype = torch.uint8
     ) -> None:
-        """The threshold becomes a tensor of its own in the file."""
-        super().__init__(detector, size, dtype)
-        self.register_buffer("score_threshold", torch.tensor(SCORE_THRESHOLD))
+        """Takes over the detector."""
+        super().__init__(detector, detector, size, dtype)
 
     def forward(self, images: Tensor, sizes: Tensor) -> tuple[Tensor, ...]:
-        """Boxes (B, M, 4), scores (B, M) and int64 labels (B, M), best first.
-
-        Slots that hold no detection come last, with score 0 and label `NOTHING`.
-        """
+        """The slots."""
         output = self.predictions(images, sizes)
         levels = [self._best_of_level(output, level) for level in range(len(output.anchors))]
         boxes, scores, labels = (torch.cat(parts, 1) for parts in zip(*levels, strict=True))
@@ -94,14 +150,7 @@ class DetectionGraph(RawGraph):
         classes = torch.arange(self.detector.num_classes)[:, None]
         by_class = torch.where(labels[:, None] == classes, scores[:, None], 0.0)
         kept = survivors(boxes, by_class, self.detector.nms_threshold, MAX_DETECTIONS)
-        best, index = (scores * kept).topk(min(MAX_DETECTIONS, scores.shape[1]))
-        boxes = boxes.gather(1, index[..., None].expand(-1, -1, 4))
-        found = best > 0
-        return (
-            torch.where(found[..., None], boxes, 0.0),
-            best,
-            torch.where(found, labels.gather(1, index), NOTHING),
-        )
+        return self.best(boxes, scores * kept, labels)
 
     def _best_of_level(self, output: DenseOutput, level: int) -> tuple[Tensor, Tensor, Tensor]:
         """`inference.detect_image` before NMS: boxes (B, M, 4), scores (B, M), labels (B, M).

@@ -17,6 +17,8 @@ import torch
 
 import detdistill
 from detdistill.detectors import DenseDetector, FPNDetector
+from detdistill.detectors.roi_head import NMS_THRESHOLD
+from detdistill.detectors.two_stage import TwoStageDetector
 from detdistill.detectors.view_base import TorchvisionView
 from detdistill.errors import UserError
 from detdistill.export.checks import (
@@ -28,8 +30,16 @@ from detdistill.export.checks import (
     input_size,
     opset_for,
 )
-from detdistill.export.graph import MAX_DETECTIONS, SCORE_THRESHOLD, DetectionGraph, RawGraph
+from detdistill.export.graph import (
+    MAX_DETECTIONS,
+    SCORE_THRESHOLD,
+    DetectionGraph,
+    FinalGraph,
+    Graph,
+    RawGraph,
+)
 from detdistill.export.parity import BOX_TOLERANCE, SCORE_TOLERANCE, Parity, check_parity
+from detdistill.export.two_stage import TwoStageGraph
 
 if TYPE_CHECKING:
     from onnx import ModelProto
@@ -73,17 +83,17 @@ def export_onnx(
     input_type: InputType = "uint8",
     opset: int | None = None,
 ) -> Exported:
-    """Writes a dense detector as an ONNX file, checked with ONNX Runtime before it appears.
+    """Writes a detector as an ONNX file, checked with ONNX Runtime before it appears.
 
     Pixels go in as they are; normalisation, decoding and clipping are in the file. Its metadata
     hold the classes, and how `predict` resizes.
 
     Args:
-        detector: any detector of one stage; it stays as it is.
+        detector: any of our own; it stays as it is.
         path: a new file; its folder is made.
         size: (h, w) of the input in pixels, multiples of 32; by default the detector's own, for
             images wider than high.
-        nms: final detections instead of all boxes.
+        nms: final detections instead of all boxes; detectors of two stages have no other form.
         input_type: of the images in the file.
         opset: 18 to 23; by default the lowest that has the operators.
 
@@ -94,12 +104,11 @@ def export_onnx(
     path = Path(path)
     check_target(path)
     check_installed()
-    dense = check_detector(detector, nms)
+    known = check_detector(detector, nms)
     size, dtype = input_size(detector, size), image_type(input_type)
     opset = opset_for(detector, opset)
-    original = copy.deepcopy(dense).cpu().eval()
-    kind = DetectionGraph if nms else RawGraph
-    graph = kind(copy.deepcopy(original), size, dtype).eval()
+    original = copy.deepcopy(known).cpu().eval()
+    graph = _graph(copy.deepcopy(original), size, dtype, nms).eval()
     model = _trace(graph, opset)
     _describe(model, original, graph)
     parity = check_parity(model, graph, original)
@@ -113,7 +122,15 @@ def export_onnx(
     return Exported(path, size, opset, inputs, outputs, parity)
 
 
-def _trace(graph: RawGraph, opset: int) -> ModelProto:
+def _graph(
+    detector: DenseDetector | TwoStageDetector, size: tuple[int, int], dtype: torch.dtype, nms: bool
+) -> Graph:
+    if isinstance(detector, TwoStageDetector):
+        return TwoStageGraph(detector, size, dtype)
+    return (DetectionGraph if nms else RawGraph)(detector, size, dtype)
+
+
+def _trace(graph: Graph, opset: int) -> ModelProto:
     """The graph in ONNX, with an open number of images."""
     import onnx
 
@@ -122,9 +139,6 @@ def _trace(graph: RawGraph, opset: int) -> ModelProto:
     images = torch.zeros(2, 3, *graph.size, dtype=graph.dtype)
     sizes = torch.tensor([graph.size] * 2)
     batch = torch.export.Dim("batch")
-    outputs = ["boxes_xyxy", "scores"]
-    if isinstance(graph, DetectionGraph):
-        outputs.append("labels")
     try:
         with _quiet(), torch.no_grad():
             program = torch.export.export(
@@ -133,7 +147,7 @@ def _trace(graph: RawGraph, opset: int) -> ModelProto:
             exported: Any = torch.onnx.export(
                 program,
                 input_names=["images", "sizes"],
-                output_names=outputs,
+                output_names=list(graph.outputs),
                 opset_version=opset,
                 custom_translation_table=TRANSLATIONS,
                 verbose=False,
@@ -179,7 +193,7 @@ def _tidy(model: ModelProto, opset: int) -> None:
     model.ir_version = helper.find_min_ir_version_for([helper.make_opsetid("", opset)])
 
 
-def _describe(model: ModelProto, detector: DenseDetector, graph: RawGraph) -> None:
+def _describe(model: ModelProto, detector: DenseDetector | TwoStageDetector, graph: Graph) -> None:
     """Adds what a stranger needs to know: metadata of the file, a sentence per input and output."""
     from onnx import helper
 
@@ -192,9 +206,9 @@ def _describe(model: ModelProto, detector: DenseDetector, graph: RawGraph) -> No
         "input_size": json.dumps(graph.size),
         "resize": json.dumps([short, long]),
         "scores": _score_rule(detector),
-        "nms_iou": str(detector.nms_threshold),
+        "nms_iou": str(getattr(detector, "nms_threshold", NMS_THRESHOLD)),
     }
-    if isinstance(graph, DetectionGraph):
+    if isinstance(graph, FinalGraph):
         about |= {"score_threshold": str(SCORE_THRESHOLD), "max_detections": str(MAX_DETECTIONS)}
     helper.set_model_props(model, about)
     model.graph.name = detector.name
@@ -202,7 +216,10 @@ def _describe(model: ModelProto, detector: DenseDetector, graph: RawGraph) -> No
         value.doc_string = MEANING[value.name]
 
 
-def _score_rule(detector: DenseDetector) -> str:
+def _score_rule(detector: DenseDetector | TwoStageDetector) -> str:
+    if isinstance(detector, TwoStageDetector):
+        several = len(detector.roi_heads) > 1
+        return "softmax of the class logits" + (", averaged over the stages" if several else "")
     if detector.quality_tower is None:
         return "sigmoid of the class logit"
     product = "class score times centerness, each a sigmoid"

@@ -13,9 +13,9 @@ from torchvision.transforms.v2 import functional as image_ops
 
 from detdistill.boxes import has_area
 from detdistill.data.synthetic import draw_scene
-from detdistill.detectors import DenseDetector
+from detdistill.detectors import FPNDetector
 from detdistill.errors import UserError
-from detdistill.export.graph import SCORE_THRESHOLD, DetectionGraph, RawGraph
+from detdistill.export.graph import SCORE_THRESHOLD, FinalGraph, Graph
 from detdistill.structures import Batch, DenseOutput, Detections
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ SCORE_TOLERANCE = 1e-3
 ONE_IN = 50
 """One detection in so many may differ: where two boxes overlap by just the IoU at which NMS removes
 one of them, rounding decides."""
-ENOUGH = 50  # candidates of each check image, so that there is something to compare
+ENOUGH = 50  # detections of each check image, so that there is something to compare
 
 
 @dataclass
@@ -58,10 +58,10 @@ class Parity:
         self.scores = float(np.maximum(self.scores, scores))
 
 
-def check_parity(model: ModelProto, graph: RawGraph, detector: DenseDetector) -> Parity:
+def check_parity(model: ModelProto, graph: Graph, detector: FPNDetector) -> Parity:
     """Runs the file and the detector on a batch of 1 and a batch of 3 images.
 
-    Whatever `detect` finds must stand among the outputs; of `DetectionGraph` nothing else. All
+    Whatever `detect` finds must stand among the outputs; of a `FinalGraph` nothing else. All
     outputs of `RawGraph` are compared besides.
     """
     parity = Parity()
@@ -69,8 +69,8 @@ def check_parity(model: ModelProto, graph: RawGraph, detector: DenseDetector) ->
         sizes = torch.tensor(batch.sizes)
         with torch.no_grad():
             output = detector(batch)
-        threshold = _passed_by_enough(output)
-        if isinstance(graph, DetectionGraph):
+        threshold = _passed_by_enough(detector, output, batch)
+        if isinstance(graph, FinalGraph):
             outputs = run_file(with_threshold(model, threshold), batch.images, sizes)
         else:
             outputs = run_file(model, batch.images, sizes)
@@ -109,7 +109,7 @@ def look_up(found: Detections, outputs: list[Tensor], parity: Parity) -> None:
             parity.lost += 1
 
 
-def check_batches(graph: RawGraph) -> list[Batch]:
+def check_batches(graph: Graph) -> list[Batch]:
     """One image that fills the input, and three of which two do not; noise in the padding."""
     height, width = graph.size
     generator = torch.Generator().manual_seed(0)
@@ -127,7 +127,7 @@ def check_batches(graph: RawGraph) -> list[Batch]:
 
 
 def with_threshold(model: ModelProto, threshold: float) -> ModelProto:
-    """A copy of a file of `DetectionGraph` with another score threshold."""
+    """A copy of a file of a `FinalGraph` with another score threshold."""
     from onnx import numpy_helper
 
     changed = copy.deepcopy(model)
@@ -157,8 +157,8 @@ def run_file(model: ModelProto, images: Tensor, sizes: Tensor) -> list[Tensor]:
         ) from error
 
 
-def _passed_by_enough(output: DenseOutput) -> float:
+def _passed_by_enough(detector: FPNDetector, output: DenseOutput, batch: Batch) -> float:
     """The usual score threshold, or a lower one where it would leave little to compare."""
-    best = output.predictions.flatten().logits.sigmoid().amax(-1)
-    enough = best.topk(min(ENOUGH, best.shape[1])).values[:, -1].min().item()
-    return min(SCORE_THRESHOLD, 0.99 * enough)
+    best = detector.detect(output, batch.sizes, score_threshold=0.0, max_detections=ENOUGH)
+    lowest = [found.scores[-1].item() for found in best if len(found)]
+    return min([SCORE_THRESHOLD, *(0.99 * score for score in lowest)])
