@@ -16,6 +16,7 @@ import pytest
 import torch
 import yaml
 
+from detdistill.cli.checks import need_teacher
 from detdistill.data import generate_dataset
 from detdistill.data.voc import VOC_CLASSES
 from detdistill.detectors import create_detector, load_detector, save_detector
@@ -272,7 +273,7 @@ def test_an_arm_of_a_recipe_takes_a_step_with_every_term(
     values = yaml.safe_load(recipe_path(name).read_text(encoding="utf-8"))
     assert f"detdistill compare --recipe {name} " in header_of(name)
     given = ["--recipe", name, "--method", arm, "--data", str(two_images), "--out", "run"]
-    if "teacher" in values and "tf_head" not in values["arms"][arm]:
+    if "teacher" in values and need_teacher(values["arms"][arm]):
         options = values["teacher_options"] | {"base_channels": 8}
         teacher = create_detector(values["teacher"], 10, **options)
         save_detector(teacher, Path("teacher.safetensors"))

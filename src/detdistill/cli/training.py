@@ -27,6 +27,7 @@ from detdistill.cli.options import (
 from detdistill.errors import UserError
 
 if TYPE_CHECKING:
+    from detdistill.doctor.commands import Request
     from detdistill.recipe import Recipe
 
 
@@ -86,10 +87,12 @@ def distill(
     seed: Seed = None,
 ) -> None:
     """Train a student with a trained teacher."""
+    from detdistill.doctor.commands import Request
+
     checks.check_folder(out)
     values = checks.recipe_values(recipe)
-    if teacher is not None:
-        values["teacher_options"] = {}  # those of the recipe's own teacher
+    if teacher is not None and not checks.is_only_named(teacher):
+        values["teacher_options"] = {}  # those of a teacher that has only a name
     given: dict[str, Any] = {"teacher": teacher, "student": student, "data": data, "seed": seed}
     given |= {"strict": strict or None, "devices": devices, "nodes": nodes}
     given["methods"] = _methods(method, values)
@@ -102,8 +105,8 @@ def distill(
     checks.check_student(settings)
     if not checks.take_teacher(settings.methods):
         settings = _without_teacher(settings, teacher)
-    if settings.teacher is not None:
-        checks.check_teacher(settings.teacher, settings.student, out)
+    request = Request(teacher, student, data, method, recipe, tuple(assignments or ()))
+    _check_teacher(settings, out, request)
     _run(settings, out, resume)
     weights = shlex.quote(str(out / "model.safetensors"))
     _say_next(f"detdistill eval --weights {weights}{_data_of(settings)} --split test")
@@ -115,6 +118,15 @@ def _without_teacher(settings: Recipe, given: str | None) -> Recipe:
         names = "+".join(settings.methods)
         raise UserError(f"--teacher {given}: {names} learns without a teacher; leave --teacher out")
     return settings.model_copy(update={"teacher": None, "teacher_options": {}})
+
+
+def _check_teacher(settings: Recipe, out: Path, request: Request) -> None:
+    """One of which only the name is known serves methods that need none: it says its form."""
+    teacher = settings.teacher
+    if teacher is None:
+        return
+    if checks.need_teacher(settings.methods) or not checks.is_only_named(teacher):
+        checks.check_teacher(teacher, settings.student, out, request)
 
 
 def _methods(method: str | None, values: dict[str, Any]) -> dict[str, dict[str, Any]] | None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from detdistill.detectors.factory import split_name
 
-OF_THE_STUDENT = ("student", "methods.", "arms.")
+OF_THE_PAIR = ("student", "teacher=", "methods", "arms")
 """Beginnings of settings that mean nothing when a teacher is trained."""
 
 
@@ -30,7 +30,11 @@ class Request:
 
 def train_command(request: Request, detector: str) -> str:
     """Trains a teacher with the recipe's settings."""
-    assignments = [a for a in request.assignments if not a.startswith(OF_THE_STUDENT)]
+    assignments = [
+        a.replace("teacher_options", "student_options", 1) if a.startswith("teacher_options") else a
+        for a in request.assignments
+        if not a.startswith(OF_THE_PAIR)
+    ]
     options = [("detector", detector), ("recipe", request.recipe), ("data", request.data)]
     return _command("train", options, assignments, "runs/teacher")
 
