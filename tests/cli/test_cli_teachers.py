@@ -1,15 +1,16 @@
-"""Teachers that are only named."""
+"""Teachers that are only named, and what to do with one that was just trained."""
 
 from __future__ import annotations
 
 import re
+import shlex
 from pathlib import Path
 
 import pytest
 import torch
 
 from tests.cli.conftest import Run
-from tests.cli.test_cli_runs import SMALL
+from tests.cli.test_cli_runs import SMALL, TRAIN
 
 
 @pytest.mark.parametrize(
@@ -54,3 +55,30 @@ def test_a_teacher_that_the_recipe_only_names_is_to_be_trained(run: Run, my_coco
     code, _, err = run("distill", "--recipe", "mine.yaml", "--data", "my_coco", "--out", "run")
     assert code == 2
     assert "the recipe's teacher runs/gone: no such run folder" in err and "give --teacher" in err
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        (["--detector", "faster_rcnn_r18"], "--student gfl_r18 --method head --data my_coco"),
+        (
+            ["--recipe", "small/head", "--detector", "faster_rcnn_r18"],
+            "teacher --method akd --recipe",
+        ),
+        (["--recipe", "small/head", "--detector", "gfl_r18"], "teacher --method crosskd --recipe"),
+        (["--recipe", "bccd", "--detector", "gfl_r18"], "teacher --recipe bccd"),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, list) else "",
+)
+def test_what_comes_after_a_training_works_as_it_stands(
+    given: list[str], told: str, run: Run, my_coco: Path
+) -> None:
+    narrow = ["--set", "student_options={base_channels: 8, fpn_channels: 32}"]
+    code, out, err = run("train", *given, *TRAIN[3:], *narrow)
+    assert code == 0, err
+    following = out.splitlines()[-1]
+    assert following.startswith("Next: detdistill distill --teacher teacher ") and told in following
+    own = narrow if "--student" in following else []
+    code, _, err = run(*shlex.split(following)[2:], *own)
+    assert code == 0, err
+    assert "faster_rcnn" not in given[-1] or "head/assistant_cls" in err

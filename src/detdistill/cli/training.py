@@ -58,18 +58,34 @@ def train(
     if settings.methods or settings.teacher:
         raise UserError("`train` has no teacher; use `detdistill distill` for methods")
     _run(settings, out, resume)
-    from detdistill.doctor.commands import Request, distill_command
-
-    # What was set holds for the student too, but for what this detector is.
-    kept = tuple(a for a in assignments or () if not a.startswith("student"))
-    request = Request(str(out), "gfl_r18", settings.data, None, recipe, kept)
-    _say_next(distill_command(request, "crosskd", with_teacher=True))
+    _say_next(_distill_command(settings, out, values, recipe, assignments or []))
 
 
 def _alone(values: dict[str, Any], name: str, options: dict[str, Any]) -> dict[str, Any]:
     """Of a recipe that describes a pair what is needed to train one of the two."""
     changes = {"student": name, "student_options": options, "teacher": None}
     return values | changes | {"teacher_options": {}, "methods": {}, "arms": {}}
+
+
+def _distill_command(
+    settings: Recipe,
+    out: Path,
+    values: dict[str, Any],
+    recipe: str | None,
+    assignments: list[str],
+) -> str:
+    """How the detector that was trained teaches: the recipe's student, if there is one."""
+    from detdistill.doctor.commands import Request, distill_command, fitting_method
+
+    # What was set holds for the student too, but for what this detector is.
+    kept = tuple(a for a in assignments if not a.startswith(("student", "teacher")))
+    student = None if "student" in values else "gfl_r18"
+    method: str | None = fitting_method(settings.student, student or values["student"])
+    if settings.student == values.get("teacher"):
+        own = {None: values.get("methods") or {}, **(values.get("arms") or {})}
+        method = next((arm for arm in own if checks.need_teacher(own[arm])), method)
+    request = Request(str(out), student, settings.data, method, recipe, kept)
+    return distill_command(request, method, with_teacher=True)
 
 
 def distill(
