@@ -109,6 +109,20 @@ def test_a_method_that_needs_no_teacher(run: Run, good_coco: Path) -> None:
     assert "Next: detdistill distill --student gfl_r18 --method tf_head --data my_coco" in out
 
 
+def test_a_teacher_that_is_only_named_and_not_needed(run: Run, good_coco: Path) -> None:
+    """`distill` takes its form for the assistant, without training it."""
+    options = "teacher_options={base_channels: 8, roi_channels: 16}"
+    alone = ["--set", "methods.head={akd: false, ckd: false}", "--set", options, "--images", "2"]
+    named = ["--teacher", "faster_rcnn_r18", "--method", "head", *alone]
+    code, out, err = run(*PAIR, *named)
+    assert code == 0, out + err
+    assert "faster_rcnn_r18 is a detector's name: no method that is tried learns from it" in out
+    assert "detdistill train" not in out
+    assert out.splitlines()[-1].startswith(
+        "Next: detdistill distill --teacher faster_rcnn_r18 --student gfl_r18 --method head"
+    )
+
+
 def test_a_method_that_was_asked_for_and_does_not_fit(run: Run, my_coco: Path) -> None:
     code, out, _ = run(*PAIR, "--method", "crosskd", "--images", "2")
     assert code == 1

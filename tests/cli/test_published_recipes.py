@@ -16,6 +16,7 @@ import pytest
 import torch
 import yaml
 
+from detdistill.cli.checks import need_teacher
 from detdistill.data import generate_dataset
 from detdistill.data.voc import VOC_CLASSES
 from detdistill.detectors import create_detector, load_detector, save_detector
@@ -47,9 +48,11 @@ ARMS = [
     for name in sorted(set(list_recipes()) - set(PUBLISHED))
     for i, arm in enumerate(yaml.safe_load(recipe_path(name).read_text("utf-8")).get("arms", ()))
 ]
+SETTING = r"--set [\w.]+=\w+(?:\.\w+)*"
 VARIANT = re.compile(
-    r"--method [\w+]+(?: --set methods\.\S+=\w+)*|--set methods\.\S+=\w+(?: --set \S+=\w+)*"
+    rf"(train the latter with )?((?:--student \S+|--method [\w+]+|{SETTING})(?: {SETTING})*)"
 )
+"""What a header adds to a command: to `train`, for the student alone, or else to `distill`."""
 AP = re.compile(r"\b\d\d\.\d\b")
 ROWS = {
     "crosskd/atss_r50_r101_1x": [
@@ -134,28 +137,43 @@ def one_step(name: str, data: Path, run: Run, size: dict[str, int]) -> None:
         out = Path(f"run{i}")
         code, _, err = run(*given, str(out), *chosen.split(), *sets)
         assert code == 0, err
-        stored = yaml.safe_load((out / "recipe.yaml").read_text(encoding="utf-8"))["methods"]
-        for method, option, value in re.findall(r"methods\.(\w+)\.(\w+)=(\w+)", chosen):
-            assert stored[method][option] == yaml.safe_load(value)
+        check_settings(out, chosen)
         terms = terms_of(out)
         assert {term.split("/")[0] for term in terms} == {"task", *methods}
         [line] = [line for line in err.splitlines() if ": step 1/1, " in line]
         assert all(re.search(rf" {term} -?\d", line) for term in terms), line
-    alone = ("train", "--recipe", name, "--data", str(data), "--out", "alone")
-    code, _, err = run(*alone, *sets)
-    assert code == 0, err
-    assert {term.split("/")[0] for term in terms_of(Path("alone"))} == {"task"}
+    for chosen in variants_of(name, alone=True) or [""]:
+        alone = ("train", "--recipe", name, "--data", str(data), "--out", "alone")
+        code, _, err = run(*alone, *chosen.split(), *sets)
+        assert code == 0, err
+        check_settings(Path("alone"), chosen)
+        assert {term.split("/")[0] for term in terms_of(Path("alone"))} == {"task"}
+
+
+def check_settings(out: Path, chosen: str) -> None:
+    """Whether a run had what was set."""
+    for key, text in re.findall(r"--set (\S+)=(\S+)", chosen):
+        value = yaml.safe_load((out / "recipe.yaml").read_text(encoding="utf-8"))
+        for part in key.split("."):
+            value = value[part]
+        assert value == yaml.safe_load(text)
 
 
 def rows_of(name: str, values: dict[str, Any]) -> dict[str, Collection[str]]:
     """What each row adds to the command, with its methods: the arms, and what the header adds."""
     arms: dict[str, Collection[str]] = values.get("arms") or {}
     rows: dict[str, Collection[str]] = {f"--method {arm}": arms[arm] for arm in arms}
-    for added in ["", *VARIANT.findall(header_of(name))]:
+    for added in ["", *variants_of(name, alone=False)]:
         words = added.split()
         named = words[1] if "--method" in words else None
         rows[added] = values["methods"] if named is None else arms.get(named, named.split("+"))
     return rows
+
+
+def variants_of(name: str, *, alone: bool) -> list[str]:
+    """What the header adds to the one or the other command; a FILE has a test of its own."""
+    found = VARIANT.findall(header_of(name))
+    return [added for train, added in found if bool(train) == alone and "=FILE" not in added]
 
 
 def terms_of(out: Path) -> list[str]:
@@ -210,6 +228,7 @@ def test_a_header_says_what_was_published_of_which_row(name: str) -> None:
     assert not missing
     assert len(AP.findall(told)) == len(ROWS[name])  # and nothing else
     assert ROWS[name] or re.search(r"without a published AP|no published AP", told)
+    assert not re.search("--(set|method|student) ", VARIANT.sub("", told))  # all are tried
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
@@ -272,7 +291,7 @@ def test_an_arm_of_a_recipe_takes_a_step_with_every_term(
     values = yaml.safe_load(recipe_path(name).read_text(encoding="utf-8"))
     assert f"detdistill compare --recipe {name} " in header_of(name)
     given = ["--recipe", name, "--method", arm, "--data", str(two_images), "--out", "run"]
-    if "teacher" in values and "tf_head" not in values["arms"][arm]:
+    if "teacher" in values and need_teacher(values["arms"][arm]):
         options = values["teacher_options"] | {"base_channels": 8}
         teacher = create_detector(values["teacher"], 10, **options)
         save_detector(teacher, Path("teacher.safetensors"))

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from detdistill.errors import UserError
 
 if TYPE_CHECKING:
+    from detdistill.doctor.commands import Request
     from detdistill.recipe import Recipe
 
 
@@ -98,22 +99,28 @@ def is_detector(name: str) -> bool:
     return True
 
 
+def is_only_named(teacher: str) -> bool:
+    """Whether it is the name of a detector, and no run folder or file is called so."""
+    return not Path(teacher).exists() and is_detector(teacher)
+
+
 def check_student(settings: Recipe) -> None:
     """Refuses a recipe without a student of its own."""
     if "student" not in settings.model_fields_set:
         raise UserError("no student was given: add --student NAME, e.g. --student gfl_r18")
 
 
-def check_weights(teacher: str, student: str) -> Path:
+def check_weights(teacher: str, student: str, request: Request) -> Path:
     """Where a teacher's weights are; refuses missing ones, and the same as the student's.
 
-    `teacher` is a run folder, a weights file, or `NAME=FILE` for weights of other frameworks.
+    `teacher` is a run folder, a weights file, or `NAME=FILE` for weights of other frameworks; the
+    user gave it, or the recipe did.
     """
     from detdistill.recipe import split_teacher
 
     path = split_teacher(teacher)[1]
     if not path.exists():
-        raise UserError(_missing_teacher(teacher))
+        raise UserError(_missing_teacher(teacher, request))
     if Path(student).exists() and not is_detector(student):
         both = same_weights(path, Path(student))
         found = f"--teacher and --student are both {teacher}" if both else f"--student {student}"
@@ -123,9 +130,9 @@ def check_weights(teacher: str, student: str) -> Path:
     return path
 
 
-def check_teacher(teacher: str, student: str, out: Path) -> None:
+def check_teacher(teacher: str, student: str, out: Path, request: Request) -> None:
     """Refuses what `check_weights` does, and a run in the teacher's own folder."""
-    path = check_weights(teacher, student)
+    path = check_weights(teacher, student, request)
     if out.exists() and (out.samefile(path) or out.samefile(path.parent)):
         raise UserError(f"--out {out} is the teacher's own folder: choose another --out")
 
@@ -136,19 +143,25 @@ def same_weights(one: Path, two: Path) -> bool:
     return one.is_file() and two.is_file() and filecmp.cmp(one, two, shallow=False)
 
 
-def _missing_teacher(teacher: str) -> str:
-    if is_detector(teacher):
-        return (
-            f"--teacher {teacher}: a detector's name, but trained weights are needed; train it "
-            f"first: detdistill train --detector {teacher} --data FOLDER --out runs/teacher"
-        )
-    if Path(teacher).name != teacher or Path(teacher).suffix or "=" in teacher:
-        return f"--teacher {teacher}: no such run folder or weights file"
+def _missing_teacher(teacher: str, request: Request) -> str:
     from detdistill.detectors import list_detectors
+    from detdistill.doctor.commands import train_command
     from detdistill.registry import nearest
 
+    named = f"the recipe's teacher {teacher}"
+    if f"teacher={teacher}" in request.assignments:
+        named = f"--set teacher={teacher}"
+    elif teacher == request.teacher:
+        named = f"--teacher {teacher}"
+    if is_detector(teacher):
+        return (
+            f"{named}: a detector's name, but trained weights are needed; train it first, then "
+            f"give --teacher runs/teacher: {train_command(request, teacher)}"
+        )
+    if Path(teacher).name != teacher or Path(teacher).suffix or "=" in teacher:
+        return f"{named}: no such run folder or weights file; give --teacher RUN_OR_FILE"
     hint = nearest(teacher, list_detectors())
-    return f"--teacher {teacher}: no such run folder, weights file or detector; {hint}"
+    return f"{named}: no such run folder, weights file or detector; {hint}"
 
 
 def need_teacher(methods: Mapping[str, Mapping[str, Any]]) -> bool:

@@ -90,15 +90,15 @@ def _settings(request: Request) -> Recipe:
     """The recipe as `distill` and `compare` would see it."""
     values = checks.recipe_values(request.recipe)
     teacher = request.teacher
-    if teacher is not None and not checks.is_detector(teacher):
+    if teacher is not None and not checks.is_only_named(teacher):
         values["teacher_options"] = {}  # those of a teacher that the recipe would train
     given = {"teacher": teacher, "student": request.student, "data": request.data}
     settings = checks.training_recipe(values, request.recipe, given, list(request.assignments))
     checks.check_student(settings)
     checks.check_detector(settings.student)
     teacher = settings.teacher
-    if teacher is not None and (Path(teacher).exists() or not checks.is_detector(teacher)):
-        checks.check_weights(teacher, settings.student)
+    if teacher is not None and not checks.is_only_named(teacher):
+        checks.check_weights(teacher, settings.student, request)
     return settings
 
 
@@ -184,9 +184,10 @@ def _next(
     if teacher is None and not patient.asked:
         return patient.get_teacher
     method = patient.fitting[0]
-    if teacher is not None and not Path(teacher).exists() and checks.is_detector(teacher):
+    arm = patient.arms[method]
+    if teacher is not None and checks.is_only_named(teacher) and checks.need_teacher(arm):
         return compare_command(request, method)
-    return distill_command(request, method, with_teacher=checks.need_teacher(patient.arms[method]))
+    return distill_command(request, method, with_teacher=checks.take_teacher(arm))
 
 
 def _finish(sections: list[Section], following: str, json_file: Path | None) -> None:

@@ -28,6 +28,7 @@ from detdistill.cli.options import (
 from detdistill.errors import UserError
 
 if TYPE_CHECKING:
+    from detdistill.doctor.commands import Request
     from detdistill.recipe import Recipe
 
 
@@ -61,13 +62,15 @@ def demo(
     assignments: Assignments = None,
 ) -> None:
     """Compare a student with and without distillation on built-in data."""
+    from detdistill.doctor.commands import Request
+
     checks.check_folder(out)
     plan = QUICK if quick else FULL if full else DEMO
     data, study = out / "data", out / "study"
     values = checks.recipe_values(plan.recipe)
     settings = checks.training_recipe(values, plan.recipe, {"data": str(data)}, assignments)
     names = ["+".join(settings.methods)]
-    _check_study(settings, out, names)
+    _check_study(settings, out, names, Request())
     if checks.is_first_process():
         typer.echo(f"built-in data: {data}")
         write_builtin_data(data, plan.images, seed=0)
@@ -97,9 +100,11 @@ def compare(
 
     The same command, given again, goes on where it stopped.
     """
+    from detdistill.doctor.commands import Request
+
     checks.check_folder(out)
     values = checks.recipe_values(recipe)
-    if teacher is not None and not checks.is_detector(teacher):
+    if teacher is not None and not checks.is_only_named(teacher):
         values["teacher_options"] = {}  # those of a teacher that the recipe would train
     given = {"teacher": teacher, "student": student, "data": data, "devices": devices}
     given["strict"] = strict or None
@@ -108,7 +113,8 @@ def compare(
     names = _split(methods) if methods else list(settings.arms) or ["+".join(settings.methods)]
     if not all(names):
         raise UserError("no method was given: add --methods NAMES, e.g. --methods crosskd")
-    _check_study(settings, out, names)
+    request = Request(teacher, student, data, methods, recipe, tuple(assignments or ()))
+    _check_study(settings, out, names, request)
     _compare(settings, out, names, _parse_seeds(seeds), teacher_epochs, jobs)
     _say_next(f"open {shlex.quote(str(out / 'report.html'))} in a browser")
 
@@ -129,7 +135,7 @@ def _parse_seeds(text: str) -> list[int]:
     return seeds
 
 
-def _check_study(settings: Recipe, out: Path, names: list[str]) -> None:
+def _check_study(settings: Recipe, out: Path, names: list[str], request: Request) -> None:
     for name in names:
         if checks.need_teacher(settings.methods_of(name)) and settings.teacher is None:
             raise UserError(
@@ -137,8 +143,8 @@ def _check_study(settings: Recipe, out: Path, names: list[str]) -> None:
                 f"detector's name"
             )
     teacher = settings.teacher
-    if teacher is not None and (Path(teacher).exists() or not checks.is_detector(teacher)):
-        checks.check_teacher(teacher, settings.student, out)
+    if teacher is not None and not checks.is_only_named(teacher):
+        checks.check_teacher(teacher, settings.student, out, request)
     checks.check_detector(settings.student)
 
 

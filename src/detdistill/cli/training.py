@@ -27,6 +27,7 @@ from detdistill.cli.options import (
 from detdistill.errors import UserError
 
 if TYPE_CHECKING:
+    from detdistill.doctor.commands import Request
     from detdistill.recipe import Recipe
 
 
@@ -57,18 +58,34 @@ def train(
     if settings.methods or settings.teacher:
         raise UserError("`train` has no teacher; use `detdistill distill` for methods")
     _run(settings, out, resume)
-    from detdistill.doctor.commands import Request, distill_command
-
-    # What was set holds for the student too, but for what this detector is.
-    kept = tuple(a for a in assignments or () if not a.startswith("student"))
-    request = Request(str(out), "gfl_r18", settings.data, None, recipe, kept)
-    _say_next(distill_command(request, "crosskd", with_teacher=True))
+    _say_next(_distill_command(settings, out, values, recipe, assignments or []))
 
 
 def _alone(values: dict[str, Any], name: str, options: dict[str, Any]) -> dict[str, Any]:
     """Of a recipe that describes a pair what is needed to train one of the two."""
     changes = {"student": name, "student_options": options, "teacher": None}
     return values | changes | {"teacher_options": {}, "methods": {}, "arms": {}}
+
+
+def _distill_command(
+    settings: Recipe,
+    out: Path,
+    values: dict[str, Any],
+    recipe: str | None,
+    assignments: list[str],
+) -> str:
+    """How the detector that was trained teaches: the recipe's student, if there is one."""
+    from detdistill.doctor.commands import Request, distill_command, fitting_method
+
+    # What was set holds for the student too, but for what this detector is.
+    kept = tuple(a for a in assignments if not a.startswith(("student", "teacher")))
+    student = None if "student" in values else "gfl_r18"
+    method: str | None = fitting_method(settings.student, student or values["student"])
+    if settings.student == values.get("teacher"):
+        own = {None: values.get("methods") or {}, **(values.get("arms") or {})}
+        method = next((arm for arm in own if checks.need_teacher(own[arm])), method)
+    request = Request(str(out), student, settings.data, method, recipe, kept)
+    return distill_command(request, method, with_teacher=True)
 
 
 def distill(
@@ -86,10 +103,12 @@ def distill(
     seed: Seed = None,
 ) -> None:
     """Train a student with a trained teacher."""
+    from detdistill.doctor.commands import Request
+
     checks.check_folder(out)
     values = checks.recipe_values(recipe)
-    if teacher is not None:
-        values["teacher_options"] = {}  # those of the recipe's own teacher
+    if teacher is not None and not checks.is_only_named(teacher):
+        values["teacher_options"] = {}  # those of a teacher that has only a name
     given: dict[str, Any] = {"teacher": teacher, "student": student, "data": data, "seed": seed}
     given |= {"strict": strict or None, "devices": devices, "nodes": nodes}
     given["methods"] = _methods(method, values)
@@ -102,8 +121,8 @@ def distill(
     checks.check_student(settings)
     if not checks.take_teacher(settings.methods):
         settings = _without_teacher(settings, teacher)
-    if settings.teacher is not None:
-        checks.check_teacher(settings.teacher, settings.student, out)
+    request = Request(teacher, student, data, method, recipe, tuple(assignments or ()))
+    _check_teacher(settings, out, request)
     _run(settings, out, resume)
     weights = shlex.quote(str(out / "model.safetensors"))
     _say_next(f"detdistill eval --weights {weights}{_data_of(settings)} --split test")
@@ -115,6 +134,15 @@ def _without_teacher(settings: Recipe, given: str | None) -> Recipe:
         names = "+".join(settings.methods)
         raise UserError(f"--teacher {given}: {names} learns without a teacher; leave --teacher out")
     return settings.model_copy(update={"teacher": None, "teacher_options": {}})
+
+
+def _check_teacher(settings: Recipe, out: Path, request: Request) -> None:
+    """One of which only the name is known serves methods that need none: it says its form."""
+    teacher = settings.teacher
+    if teacher is None:
+        return
+    if checks.need_teacher(settings.methods) or not checks.is_only_named(teacher):
+        checks.check_teacher(teacher, settings.student, out, request)
 
 
 def _methods(method: str | None, values: dict[str, Any]) -> dict[str, dict[str, Any]] | None:

@@ -7,8 +7,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from detdistill.detectors.factory import split_name
+from detdistill.detectors.registry import FAMILIES
+from detdistill.detectors.two_stage import TwoStageDetector
 
-OF_THE_STUDENT = ("student", "methods.", "arms.")
+OF_THE_PAIR = ("student", "teacher=", "methods", "arms")
 """Beginnings of settings that mean nothing when a teacher is trained."""
 
 
@@ -30,13 +32,17 @@ class Request:
 
 def train_command(request: Request, detector: str) -> str:
     """Trains a teacher with the recipe's settings."""
-    assignments = [a for a in request.assignments if not a.startswith(OF_THE_STUDENT)]
+    assignments = [
+        a.replace("teacher_options", "student_options", 1) if a.startswith("teacher_options") else a
+        for a in request.assignments
+        if not a.startswith(OF_THE_PAIR)
+    ]
     options = [("detector", detector), ("recipe", request.recipe), ("data", request.data)]
     return _command("train", options, assignments, "runs/teacher")
 
 
-def distill_command(request: Request, method: str, *, with_teacher: bool) -> str:
-    """Distils with what was checked."""
+def distill_command(request: Request, method: str | None, *, with_teacher: bool) -> str:
+    """Distils with what was checked; without `method` by those of the recipe."""
     options = [
         ("teacher", request.teacher if with_teacher else None),
         ("student", request.student),
@@ -71,6 +77,16 @@ def _command(
         if value is not None:
             words += [f"--{option}", value]
     return shlex.join(words)
+
+
+def fitting_method(teacher: str, student: str) -> str:
+    """One to begin with for a pair of detectors: their heads decide."""
+    families = [split_name(name, {})[0] for name in (teacher, student)]
+    if not any(issubclass(FAMILIES.get(family), TwoStageDetector) for family in families):
+        return "crosskd"
+    if families[0] != families[1]:
+        return "head"
+    return "crosskd_roi" if families[0] == "faster_rcnn" else "pkd"
 
 
 def larger_detector(student: str) -> str:

@@ -13,7 +13,7 @@ from detdistill.data import DetectionDataset, TrainBatches, make_train_batches
 from detdistill.detectors import FPNDetector
 from detdistill.doctor.data import check_data
 from detdistill.doctor.finding import Finding, Section, from_error, worst
-from detdistill.doctor.pair import Arm, Fit, check_fit, check_pair
+from detdistill.doctor.pair import Arm, Fit, check_fit, check_pair, create_methods
 from detdistill.doctor.schedule import check_recipe, check_schedules, check_start, recipe_numbers
 from detdistill.doctor.sizes import (
     box_sides,
@@ -91,7 +91,9 @@ class Doctor:
         student = new_student(self.recipe, train.classes)
         source = self._train_batches(train)
         yield self._check_objects(train, student, source)
-        teacher = open_teacher(self.recipe, train.classes, self.get_teacher)
+        methods = [m for arm in self.arms.values() for m in create_methods(arm).values()]
+        needed = any(method.needs_teacher for method in methods)
+        teacher = open_teacher(self.recipe, train.classes, self.get_teacher, needed=needed)
         fits = [check_fit(student, teacher.model, *arm) for arm in self.arms.items()]
         yield self._check_teacher(teacher, student, train, splits.get("val"), fits)
         yield self._check_methods(teacher, fits)

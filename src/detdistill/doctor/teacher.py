@@ -10,18 +10,17 @@ import torch
 from detdistill.data import DetectionDataset
 from detdistill.data.eval_loader import spread_subset
 from detdistill.data.transforms import eval_size
-from detdistill.detectors import FPNDetector, create_detector
-from detdistill.detectors.classes import known_classes, map_option, match_if_known
+from detdistill.detectors import FPNDetector
+from detdistill.detectors.classes import known_classes, map_option
 from detdistill.doctor.data import boxes_per_class
 from detdistill.doctor.finding import Finding, Level, from_error
-from detdistill.engine.build import load_teacher
+from detdistill.engine.build import load_teacher, new_teacher, teacher_file
 from detdistill.errors import UserError
 from detdistill.evaluation.coco import CocoMetrics
 from detdistill.evaluation.run import evaluate_dataset
 from detdistill.evaluation.speed import count_parameters
 from detdistill.recipe import Recipe
 from detdistill.registry import nearest
-from detdistill.study.check import teacher_file
 
 NOTHING, LITTLE = 0.01, 0.1
 """AP below which a teacher finds next to nothing, and below which it finds little."""
@@ -46,13 +45,16 @@ class Teacher:
     findings: list[Finding] = field(default_factory=list)
 
 
-def open_teacher(recipe: Recipe, classes: Sequence[str], advice: str) -> Teacher:
+def open_teacher(
+    recipe: Recipe, classes: Sequence[str], advice: str, *, needed: bool = True
+) -> Teacher:
     """Loads the recipe's teacher, or builds one that is only named.
 
     Args:
         recipe: names it.
         classes: of the data.
         advice: how to get a teacher.
+        needed: whether any method that is tried learns from a teacher.
 
     Raises:
         UserError: for a file that is not there.
@@ -61,14 +63,8 @@ def open_teacher(recipe: Recipe, classes: Sequence[str], advice: str) -> Teacher
         text = "no teacher was given; only methods that need none can be tried"
         return Teacher(findings=[Finding("note", text, advice)])
     if teacher_file(recipe.teacher) is None:
-        model = create_detector(recipe.teacher, len(classes), **recipe.teacher_options)
-        model.classes = list(classes)
-        match_if_known(model, classes, recipe.class_map)
-        text = (
-            f"{recipe.teacher} is a detector's name: it is yet to be trained, so only whether it "
-            f"fits and what it costs can be told"
-        )
-        return Teacher(model, findings=[Finding("note", text, advice)])
+        finding = _only_named(recipe.teacher, advice if needed else "")
+        return Teacher(new_teacher(recipe, classes), findings=[finding])
     try:
         loaded = load_teacher(recipe, classes)
     except UserError as error:
@@ -77,6 +73,14 @@ def open_teacher(recipe: Recipe, classes: Sequence[str], advice: str) -> Teacher
     size = f"{count_parameters(loaded) / 1e6:.1f} M parameters"
     text = f"{loaded.name} from {recipe.teacher}: {size}, {known_classes(loaded)} classes"
     return Teacher(loaded, trained=True, findings=[Finding("ok", text)])
+
+
+def _only_named(teacher: str, advice: str) -> Finding:
+    """Of one that is yet to be trained; without `advice` no method needs that."""
+    text = "it is yet to be trained, so only whether it fits and what it costs can be told"
+    if not advice:
+        text = "no method that is tried learns from it, so it need not be trained"
+    return Finding("note", f"{teacher} is a detector's name: {text}", advice)
 
 
 def check_classes(

@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 
 import torch
 
@@ -17,7 +18,11 @@ from detdistill.detectors.classes import match_if_known
 from detdistill.detectors.factory import split_name
 from detdistill.distill import Distiller, create_method
 from detdistill.engine.trackers import require_trackers
+from detdistill.errors import UserError
 from detdistill.recipe import Recipe, split_teacher
+
+WEIGHTS = "model.safetensors"
+"""Of a finished run, in its folder."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +53,8 @@ def build(recipe: Recipe) -> Parts:
     student = new_student(recipe, train.classes)
     methods = {name: create_method(name, **options) for name, options in recipe.methods.items()}
     taken = any(method.takes_teacher for method in methods.values())
-    teacher = load_teacher(recipe, train.classes) if taken else None
+    needed = any(method.needs_teacher for method in methods.values())
+    teacher = _teacher(recipe, train.classes, needed) if taken else None
     distiller = Distiller(student, teacher, methods)
     return Parts(train, val, distiller, recipe.teacher if taken else None)
 
@@ -68,6 +74,41 @@ def _fingerprint(detector: FPNDetector) -> str:
         bits = tensor.cpu().flatten().view(torch.uint8)  # NumPy has no bfloat16
         digest.update(name.encode() + bits.numpy().tobytes())
     return digest.hexdigest()
+
+
+def _teacher(recipe: Recipe, classes: Sequence[str], needed: bool) -> FPNDetector | None:
+    """The recipe's teacher; where none is `needed` one that is only named, too, for its form."""
+    if not needed and recipe.teacher is not None and teacher_file(recipe.teacher) is None:
+        return new_teacher(recipe, classes)
+    return load_teacher(recipe, classes)
+
+
+def teacher_file(teacher: str) -> Path | None:
+    """The weights of an existing teacher; None for the name of a detector to train.
+
+    A teacher is a run folder, a weights file, or NAME=FILE for another framework's weights.
+    """
+    name, path = split_teacher(teacher)
+    if path.is_dir():
+        if not (path / WEIGHTS).exists():
+            raise UserError(f"{path}: no {WEIGHTS} in this folder; is the run finished?")
+        return path / WEIGHTS
+    if path.exists():
+        return path
+    if name or len(path.parts) > 1 or path.suffix:
+        raise UserError(
+            f"{path}: no such teacher; give a run folder, a weights file or a detector name"
+        )
+    return None
+
+
+def new_teacher(recipe: Recipe, classes: Sequence[str]) -> FPNDetector:
+    """The recipe's teacher, untrained, of which it says only the name."""
+    assert recipe.teacher is not None
+    teacher = create_detector(recipe.teacher, len(classes), **recipe.teacher_options)
+    teacher.classes = list(classes)
+    match_if_known(teacher, classes, recipe.class_map)  # refuses a wrong map
+    return teacher
 
 
 def load_teacher(recipe: Recipe, classes: Sequence[str]) -> FPNDetector | None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
 from detdistill.data import (
     DetectionDataset,
@@ -13,17 +12,17 @@ from detdistill.data import (
 )
 from detdistill.data.fingerprint import fingerprint
 from detdistill.detectors import FPNDetector, create_detector
-from detdistill.detectors.classes import match_classes, match_if_known
+from detdistill.detectors.classes import match_classes
 from detdistill.distill import Distiller, create_method
 from detdistill.engine.ahead import look_ahead
-from detdistill.engine.build import load_teacher
+from detdistill.engine.build import load_teacher, new_teacher, teacher_file
 from detdistill.engine.distributed import pick_device
 from detdistill.engine.optim import run_length
 from detdistill.engine.trackers import require_trackers
 from detdistill.errors import UserError
 from detdistill.evaluation.run import knows_classes
-from detdistill.recipe import Recipe, split_teacher
-from detdistill.study.runs import WEIGHTS, file_sha256
+from detdistill.recipe import Recipe
+from detdistill.study.runs import file_sha256
 
 
 def check_study(
@@ -124,31 +123,10 @@ def _look_ahead(
 
 def _teacher(recipe: Recipe, teacher: str, classes: Sequence[str]) -> FPNDetector:
     """The teacher, untrained where it is yet to be trained."""
-    if teacher_file(teacher) is not None:
-        return existing_teacher(recipe.model_copy(update={"teacher": teacher}), classes)
-    model = create_detector(teacher, len(classes), **recipe.teacher_options)
-    model.classes = list(classes)
-    match_if_known(model, classes, recipe.class_map)  # a wrong map is refused before training
-    return model
-
-
-def teacher_file(teacher: str) -> Path | None:
-    """The weights of an existing teacher; None for the name of a detector to train.
-
-    A teacher is a run folder, a weights file, or NAME=FILE for another framework's weights.
-    """
-    name, path = split_teacher(teacher)
-    if path.is_dir():
-        if not (path / WEIGHTS).exists():
-            raise UserError(f"{path}: no {WEIGHTS} in this folder; is the run finished?")
-        return path / WEIGHTS
-    if path.exists():
-        return path
-    if name or len(path.parts) > 1 or path.suffix:
-        raise UserError(
-            f"{path}: no such teacher; give a run folder, a weights file or a detector name"
-        )
-    return None
+    named = recipe.model_copy(update={"teacher": teacher})
+    if teacher_file(teacher) is None:
+        return new_teacher(named, classes)
+    return existing_teacher(named, classes)
 
 
 def existing_teacher(recipe: Recipe, classes: Sequence[str]) -> FPNDetector:

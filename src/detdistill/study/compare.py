@@ -15,15 +15,11 @@ from typing import Any
 
 from detdistill.data import open_dataset
 from detdistill.detectors import FPNDetector, load_detector
+from detdistill.engine.build import teacher_file
 from detdistill.engine.checkpoint import exclusive, write_json, write_text
 from detdistill.evaluation.speed import latency_ms
 from detdistill.recipe import Recipe, read_yaml
-from detdistill.study.check import (
-    check_study,
-    check_teacher_epochs,
-    existing_teacher,
-    teacher_file,
-)
+from detdistill.study.check import check_study, check_teacher_epochs, existing_teacher
 from detdistill.study.jobs import Jobs
 from detdistill.study.plan import (
     STUDY,

@@ -17,6 +17,7 @@ import torch
 
 from detdistill.data import open_dataset
 from detdistill.detectors import FPNDetector, load_detector
+from detdistill.engine.build import WEIGHTS
 from detdistill.engine.checkpoint import changed_settings, write_json, write_text
 from detdistill.engine.run import finished_run
 from detdistill.engine.train import train
@@ -27,7 +28,6 @@ from detdistill.evaluation.speed import count_parameters
 from detdistill.progress import Counts
 from detdistill.recipe import Recipe, dump_recipe
 
-WEIGHTS = "model.safetensors"
 STATUS = "run.json"
 TEST = "test.json"
 TEST_DETECTIONS = "test_detections.json"
