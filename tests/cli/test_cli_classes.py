@@ -67,6 +67,21 @@ def test_a_study_measures_it_on_them(run: Run, my_coco: Path, known: list[str]) 
     assert "AP" in json.loads(Path("study/teacher/test.json").read_text())["numbers"]
 
 
+def test_a_study_knows_to_which_classes_it_was_cut(
+    run: Run, my_coco: Path, known: list[str]
+) -> None:
+    model = load_detector("gfl_r18", "teacher.pth")
+    save_detector(model, Path("teacher.safetensors"))
+    arguments = ["--teacher", "teacher.safetensors", "--student", "gfl_r18", "--seeds", "0"]
+    arguments += ["--methods", "crosskd", "--data", "my_coco", "--out", "study", *SMALL]
+    code, _, err = run("compare", *arguments)
+    assert code == 0, err
+    facts = json.loads(Path("teacher.json").read_text())
+    facts["classes"][2:4] = facts["classes"][3:1:-1]
+    Path("teacher.json").write_text(json.dumps(facts))
+    refused(run, ["compare", *arguments], "the teacher changed since this study began")
+
+
 def test_names_that_differ_are_mapped(run: Run, my_coco: Path, known: list[str]) -> None:
     own = my_coco / "annotations"
     for split in ("train", "val", "test"):

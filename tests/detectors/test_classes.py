@@ -47,7 +47,7 @@ def test_a_dense_head_predicts_of_the_classes_that_stay_what_it_did(name):
     for level, (wanted, own) in enumerate(zip(whole.logits, found.logits, strict=True)):
         torch.testing.assert_close(own, wanted[:, :, KEPT], msg=f"level {level}")
     assert all(torch.equal(*pair) for pair in zip(whole.boxes, found.boxes, strict=True))
-    assert part.num_classes == 2 and part.left_out == 3 and part.classes == STUDENT
+    assert part.num_classes == 2 and part.cut == (KEPT, 5) and part.classes == STUDENT
     assert not part.logits.weight.requires_grad ^ model.logits.weight.requires_grad
 
 
@@ -155,7 +155,7 @@ def test_classes_are_matched_by_name():
     model = lively("gfl_r18")
     before = model.logits.weight
     match_classes(model, KNOWN)
-    assert model.logits.weight is before and model.left_out == 0
+    assert model.logits.weight is before and model.cut is None
     match_if_known(model, ["cat", "horse"])  # left to the methods, of which some need no classes
     assert model.classes == KNOWN
     match_if_known(model, ["cat", "woman"], {"woman": "person"})

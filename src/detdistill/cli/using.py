@@ -72,8 +72,7 @@ def evaluate(
     taught = set(model.classes or ()) == set(dataset.classes)  # the map is its teacher's
     match = match_classes if model.num_classes > len(dataset.classes) else match_if_known
     match(model, dataset.classes, None if taught else settings.class_map)
-    if model.left_out:
-        known = known_classes(model)
+    if (known := known_classes(model)) > model.num_classes:
         typer.echo(f"measured are {model.num_classes} of the {known} classes that it knows")
     chosen = settings.model_fields_set & {"resize_short", "resize_long"}
     settings = at_input_size(settings, model)

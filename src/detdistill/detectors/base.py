@@ -52,7 +52,7 @@ class FPNDetector(nn.Module):
     suffixes: tuple[str, ...] = ()  # of listed names, beside none
     relu_before_extra = False  # between the coarse levels of the pyramid
     strides: tuple[int, ...]
-    left_out = 0  # classes that it knew before it was cut (see `classes`)
+    cut: tuple[list[int], int] | None = None  # the labels that stayed, of how many (see `classes`)
     pixel_mean: Tensor
     pixel_std: Tensor
 

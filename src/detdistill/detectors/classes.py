@@ -68,7 +68,7 @@ def match_if_known(
 
 def known_classes(detector: FPNDetector) -> int:
     """How many classes it knew before it was cut."""
-    return detector.num_classes + detector.left_out
+    return detector.num_classes if detector.cut is None else detector.cut[1]
 
 
 def map_option(name: str, value: str) -> str:
@@ -101,7 +101,9 @@ def keep_classes(detector: FPNDetector, kept: Sequence[int]) -> None:
             cast(RoIHead, head).keep_classes(list(kept))
     elif not isinstance(detector, TorchvisionView):
         _cut_logits(detector, kept)
-    detector.num_classes, detector.left_out = len(kept), detector.left_out + known - len(kept)
+    first, of_all = detector.cut or (list(range(known)), known)
+    detector.cut = [first[label] for label in kept], of_all
+    detector.num_classes = len(kept)
     if detector.classes is not None:
         detector.classes = [detector.classes[label] for label in kept]
 

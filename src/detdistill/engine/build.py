@@ -73,6 +73,8 @@ def _fingerprint(detector: FPNDetector) -> str:
     for name, tensor in detector.state_dict().items():
         bits = tensor.cpu().flatten().view(torch.uint8)  # NumPy has no bfloat16
         digest.update(name.encode() + bits.numpy().tobytes())
+    if detector.cut is not None:  # not every family's tensors show it
+        digest.update(str(detector.cut).encode())
     return digest.hexdigest()
 
 

@@ -146,8 +146,8 @@ class Run:
         self.teacher_ap = metrics.numbers["AP"]
         self._write("teacher", split="val", metrics=metrics.numbers)
         cut = ""
-        if teacher.left_out:
-            cut = f", {teacher.num_classes} of its {known_classes(teacher)} classes"
+        if (known := known_classes(teacher)) > teacher.num_classes:
+            cut = f", {teacher.num_classes} of its {known} classes"
         self.display.say(f"teacher {teacher.name}{cut}, val AP {100 * self.teacher_ap:.1f}")
         shown = eval_size(self.recipe)
         if teacher.input_size is not None and teacher.input_size != shown:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 from detdistill.data import (
     DetectionDataset,
@@ -59,14 +60,19 @@ def check_study(
     pick_device(recipe)
     require_trackers(recipe)
     splits = _open_splits(recipe)
-    _check_pairs(recipe, teacher, methods, splits[-1])
+    model = None if teacher is None else _teacher(recipe, teacher, splits[-1].classes)
+    _check_pairs(recipe, model, methods, splits[-1])
     if new:
         _look_ahead(recipe, *splits)
     inputs = {f"{split.split} data ({split.source})": fingerprint(split) for split in splits}
     weights = None if teacher is None else teacher_file(teacher)
-    if weights is not None:
-        inputs["teacher"] = file_sha256(weights)
-    return inputs
+    return inputs if weights is None else inputs | {"teacher": _teacher_seen(weights, model)}
+
+
+def _teacher_seen(weights: Path, model: FPNDetector | None) -> str:
+    """The file's checksum, and to which classes it was cut, which another file's names decide."""
+    cut = None if model is None else model.cut
+    return file_sha256(weights) + ("" if cut is None else f", cut to {cut}")
 
 
 def check_teacher_epochs(teacher: str | None, epochs: int | None) -> None:
@@ -97,18 +103,17 @@ def _open_splits(recipe: Recipe) -> tuple[DetectionDataset, ...]:
 
 
 def _check_pairs(
-    recipe: Recipe, teacher: str | None, methods: Sequence[str], test: DetectionDataset
+    recipe: Recipe, teacher: FPNDetector | None, methods: Sequence[str], test: DetectionDataset
 ) -> None:
     """Whether each method fits student and teacher, and the teacher the test split."""
-    model = None if teacher is None else _teacher(recipe, teacher, test.classes)
     student = create_detector(recipe.student, len(test.classes), **recipe.student_options)
     student.classes = list(test.classes)
     for name in methods:
         parts = recipe.methods_of(name).items()
-        Distiller(student, model, {part: create_method(part, **given) for part, given in parts})
-    if model is not None and not knows_classes(model, test):
+        Distiller(student, teacher, {part: create_method(part, **given) for part, given in parts})
+    if teacher is not None and not knows_classes(teacher, test):
         try:
-            match_classes(model, test.classes)
+            match_classes(teacher, test.classes)
         except UserError as error:
             raise UserError(f"a study measures its teacher, too: {error}") from None
 
