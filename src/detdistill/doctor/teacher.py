@@ -70,8 +70,9 @@ def open_teacher(
     except UserError as error:
         return Teacher(findings=[from_error("problem", error)])
     assert loaded is not None  # the recipe names one
-    size = f"{count_parameters(loaded) / 1e6:.1f} M parameters"
-    text = f"{loaded.name} from {recipe.teacher}: {size}, {known_classes(loaded)} classes"
+    size, known = f"{count_parameters(loaded) / 1e6:.1f} M parameters", known_classes(loaded)
+    used = "" if known == loaded.num_classes else f"{loaded.num_classes} of its "
+    text = f"{loaded.name} from {recipe.teacher}: {size}, {used}{known} classes"
     return Teacher(loaded, trained=True, findings=[Finding("ok", text)])
 
 
