@@ -232,6 +232,9 @@ def test_what_was_cut_is_saved_where_a_file_can_say_so(tmp_path):
     with pytest.raises(UserError, match=r"was cut to 2 of its classes.*save it before"):
         save_detector(two_stage, tmp_path / "two_stage.safetensors")
     assert not (tmp_path / "two_stage.safetensors").exists()
+    with pytest.raises(UserError, match=r"MMDetection.*was cut to 2 .*classes.*save it before"):
+        dd.detectors.to_mmdetection_state(two_stage)
+    assert "bbox_head.gfl_cls.weight" in dd.detectors.to_mmdetection_state(cut(lively("gfl_r18")))
     assert untrained(two_stage).num_classes == 2
 
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterator
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from detdistill.detectors.base import FPNDetector
+from detdistill.detectors.roi_head import KeptClasses
 from detdistill.errors import UserError
 
 SWIN, MOBILENET = "swin", "mobilenetv2"
@@ -217,8 +219,10 @@ def to_mmdetection_state(detector: FPNDetector) -> dict[str, Tensor]:
     came.
 
     Raises:
-        UserError: for a detector that MMDetection has no names for.
+        UserError: for a detector that MMDetection has no names for, or that was cut to some of its
+            classes in a way that it cannot have.
     """
+    require_all_classes(detector, "MMDetection's names")
     owners = {detector.family, _backbone_kind(detector)}
     rows = [_inverse(*row[:2]) for row in MMDETECTION if not row[2:] or row[2] in owners]
     state = {}
@@ -231,6 +235,15 @@ def to_mmdetection_state(detector: FPNDetector) -> dict[str, Tensor]:
             tensor = rows_first.transpose(-1, -3).reshape(tensor.shape)
         state[theirs] = tensor.detach().clone()
     return {**state, **_constants(detector)}
+
+
+def require_all_classes(detector: FPNDetector, place: str | Path) -> None:
+    """`UserError` where it was cut to some of its classes in a way that no file can tell."""
+    if any(isinstance(module, KeptClasses) for module in detector.modules()):
+        raise UserError(
+            f"{place}: {detector.name} was cut to {detector.num_classes} of its classes, and a "
+            f"file could not say what became of the others' scores; save it before it is cut"
+        )
 
 
 def _backbone_kind(detector: FPNDetector) -> str:

@@ -21,13 +21,13 @@ from detdistill.detectors.checkpoints import (
     from_mmdetection,
     implied_options,
     is_mmdetection,
+    require_all_classes,
     resnet_of,
     without_helpers,
 )
 from detdistill.detectors.dense import DenseDetector
 from detdistill.detectors.factory import create_detector, require_options, split_name
 from detdistill.detectors.files import few, fill, read_state, read_weights, yolo_model
-from detdistill.detectors.roi_head import KeptClasses
 from detdistill.detectors.torchvision_models import (
     PREFIX,
     is_torchvision,
@@ -90,7 +90,7 @@ def save_detector(
         module, options = detector.model, settings_of(detector)
     else:
         require_options(detector)
-        _require_all_classes(detector, path)
+        require_all_classes(detector, path)
     facts = {
         "format": FORMAT,
         "detector": detector.name,
@@ -110,14 +110,6 @@ def save_detector(
         os.fsync(stream.fileno())
         with written(path.with_suffix(".json")) as file:
             file.write(json.dumps(facts, indent=1).encode())
-
-
-def _require_all_classes(detector: FPNDetector, path: Path) -> None:
-    if any(isinstance(module, KeptClasses) for module in detector.modules()):
-        raise UserError(
-            f"{path}: {detector.name} was cut to {detector.num_classes} of its classes, and a file "
-            f"could not say what became of the others' scores; save it before it is cut"
-        )
 
 
 def load_detector(
