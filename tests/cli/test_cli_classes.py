@@ -24,11 +24,14 @@ DISTILL = ["distill", "--student", "gfl_r18", "--method", "crosskd", "--out", "r
 DISTILL += ["--data", "my_coco", *SMALL]
 
 
+def categories(folder: Path) -> list[dict[str, str]]:
+    return json.loads((folder / "annotations/train.json").read_text())["categories"]
+
+
 @fixture
 def known(my_coco: Path) -> list[str]:
     """The classes of a teacher of other origin, which is written beside."""
-    values = json.loads((my_coco / "annotations/train.json").read_text())
-    names = [category["name"] for category in values["categories"]]
+    names = [category["name"] for category in categories(my_coco)]
     known = ["cow", "unicorn", *reversed(names)]
     teacher = narrow("gfl_r18", WHOLE)
     content = {"meta": {"CLASSES": tuple(known)}, "state_dict": to_mmdetection_state(teacher)}
@@ -106,10 +109,33 @@ def test_names_that_differ_are_mapped(run: Run, my_coco: Path, known: list[str])
     assert "measured are" not in out
 
 
+def test_analyze_takes_the_map_of_the_students_run(run: Run, my_coco: Path) -> None:
+    names = [category["name"] for category in categories(my_coco)]
+    for name, known in (("teacher", ["moo", "cow", *names[1:]]), ("other", names)):
+        model = narrow("gfl_r18", len(known), seed=len(known))
+        model.classes = known
+        save_detector(model, Path(f"{name}.safetensors"))
+    mapped = ["--set", f"class_map.{names[0]}=cow"]
+    assert run(*DISTILL, "--teacher", "teacher.safetensors", *mapped)[0] == 0
+    pair = ["analyze", "--student", "run", "--data", "my_coco", "--images", "2", "--teacher"]
+
+    code, _, err = run(*pair, "teacher.safetensors", "--out", "pages")
+    assert code == 0, err
+    assert "class_map is that of run/recipe.yaml" in err
+    findings = json.loads(Path("pages/analysis.json").read_text())
+    assert findings["conflict"] is not None
+    # One that is given wins, and another teacher's classes are its own.
+    wrong = ["--set", f"class_map.{names[0]}=cows", "--out", "never"]
+    code, _, err = run(*pair, "teacher.safetensors", *wrong)
+    assert code == 2 and "knows no class 'cows' among its 11" in err and "recipe.yaml" not in err
+    code, _, err = run(*pair, "other.safetensors", "--out", "others")
+    assert code == 0 and "class_map" not in err, err
+
+
 def test_a_map_is_refused_before_a_teacher_is_trained(run: Run, my_coco: Path) -> None:
     arguments = ["compare", "--teacher", "gfl_r18", "--student", "gfl_r18", "--methods", "crosskd"]
     arguments += ["--data", "my_coco", "--out", "run", *SMALL, "--seeds", "0"]
-    first = json.loads((my_coco / "annotations/train.json").read_text())["categories"][0]["name"]
+    first = categories(my_coco)[0]["name"]
     refused(run, [*arguments, "--set", f"class_map.{first}=cow"], "knows no class 'cow'")
 
 

@@ -92,7 +92,7 @@ def _analyze(
     from detdistill.progress import Counts
 
     taught, model = _load(teacher), _load(student)
-    match_if_known(taught, model.classes or (), settings.class_map)
+    match_if_known(taught, model.classes or (), _class_map(settings, teacher, Path(student)))
     pair = Pair(taught, model)
     assistant, missed = _find_assistant(Path(student), pair)
     dataset = open_dataset(settings, split)
@@ -117,6 +117,25 @@ def _analyze(
     }
     checks.make_folder(out)
     return write_analysis(out, findings, dataset, facts)
+
+
+def _class_map(settings: Recipe, teacher: str, student: Path) -> dict[str, str | int]:
+    """The map that was given, else that of the student's run, unless it is another teacher's."""
+    from detdistill.recipe import read_yaml, resolve_recipe, split_teacher
+
+    stored = student / "recipe.yaml"
+    if "class_map" in settings.model_fields_set or not stored.is_file():
+        return settings.class_map
+    values = read_yaml(stored)
+    values = {key: values[key] for key in ("teacher", "class_map") if key in values}
+    run = resolve_recipe(values, str(stored))
+    if not run.class_map or run.teacher is None:
+        return {}
+    own, given = (split_teacher(name)[1] for name in (run.teacher, teacher))
+    if own.exists() and not checks.same_weights(own, given):
+        return {}
+    typer.echo(f"class_map is that of {stored} (another by --set class_map.NAME=NAME)", err=True)
+    return run.class_map
 
 
 def _find_assistant(student: Path, pair: Pair) -> tuple[Any, dict[str, str]]:
