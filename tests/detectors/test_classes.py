@@ -200,9 +200,13 @@ def test_what_cannot_be_matched(named, class_map, message):
 
 
 def test_what_a_label_stands_for_is_told():
-    model = lively("gfl_r18")
-    with pytest.warns(UserNotice, match="label 1 of gfl_r18, here scooter, is its 'car'"):
-        match_classes(model, ["cat", "scooter"], {"scooter": 1})
+    with pytest.warns(UserNotice) as told:
+        match_classes(lively("gfl_r18"), ["bus", "pet", "scooter"], {"scooter": 1, "pet": 3})
+    [notice] = told  # one, of however many labels
+    assert str(notice.message) == (
+        "class_map takes labels of gfl_r18: 1 is its 'car', here scooter; 3 is its 'cat', here pet"
+    )
+    assert notice.filename == __file__
 
 
 def test_a_shell_takes_the_option_that_is_advised():

@@ -50,6 +50,7 @@ def match_classes(
                 f"class_map: {classes[rows.index(row)]!r} and {classes[i]!r} are one class of "
                 f"{detector.name}, which cannot tell them apart; train a teacher that does"
             )
+    _tell_labels(detector, class_map)
     if rows != list(range(detector.num_classes)):
         keep_classes(detector, rows)
     detector.classes = list(classes)
@@ -120,6 +121,18 @@ def _cut_logits(detector: FPNDetector, kept: Sequence[int]) -> None:
     detector.logits = with_outputs(logits, rows)
 
 
+def _tell_labels(detector: FPNDetector, class_map: ClassMap) -> None:
+    """What the labels in a map stand for, where the detector knows: one notice for all."""
+    own = detector.classes
+    if own is None:
+        return
+    labels = {name: label for name, label in class_map.items() if isinstance(label, int)}
+    if labels:
+        told = "; ".join(f"{k} is its {own[k]!r}, here {name}" for name, k in labels.items())
+        text = f"class_map takes labels of {detector.name}: {told}"
+        warnings.warn(text, UserNotice, stacklevel=3)
+
+
 def _row(detector: FPNDetector, name: str, mapped: str | int | None) -> int:
     """The detector's label of a class of the data."""
     count, own = detector.num_classes, detector.classes
@@ -127,13 +140,6 @@ def _row(detector: FPNDetector, name: str, mapped: str | int | None) -> int:
         if not 0 <= mapped < count:
             raise UserError(
                 f"class_map: {name} is {mapped}, but {detector.name} has labels 0..{count - 1}"
-            )
-        if own is not None:
-            warnings.warn(
-                f"class_map: label {mapped} of {detector.name}, here {name}, "
-                f"is its {own[mapped]!r}",
-                UserNotice,
-                stacklevel=3,
             )
         return mapped
     wanted = name if mapped is None else mapped
