@@ -199,6 +199,27 @@ def test_what_cannot_be_matched(named, class_map, message):
     assert model.num_classes == 5
 
 
+@pytest.mark.parametrize(
+    ("classes", "class_map", "message"),
+    [
+        ("cat", None, "classes is 'cat'; expected a list of names"),
+        (2, None, "classes is 2; expected a list of names"),
+        ([], None, r"classes is \[\]; expected a list of names"),
+        (["cat", 0], None, r"classes is \['cat', 0\]; expected a list of names"),
+        (["cat"], ["cat"], r"class_map is \['cat'\]; expected a mapping"),
+        (["cat"], {"cat": 3.0}, "class_map: 'cat' is 3.0; expected what .* or its label"),
+        (["cat"], {"cat": ["cat"]}, r"class_map: 'cat' is \['cat'\]; expected"),
+        (["cat"], {"cat": True}, "class_map: 'cat' is True; expected"),
+        (["cat"], {"cat": None}, "class_map: 'cat' is None; expected"),
+    ],
+)
+def test_what_are_no_names_is_told(classes, class_map, message):
+    model = lively("gfl_r18")
+    with pytest.raises(UserError, match=message):
+        match_classes(model, classes, class_map)
+    assert model.classes == KNOWN
+
+
 def test_what_a_label_stands_for_is_told():
     with pytest.warns(UserNotice) as told:
         match_classes(lively("gfl_r18"), ["bus", "pet", "scooter"], {"scooter": 1, "pet": 3})

@@ -6,7 +6,7 @@ import json
 import shlex
 import warnings
 from collections.abc import Mapping, Sequence
-from typing import cast
+from typing import Any, cast
 
 from torch import nn
 
@@ -35,9 +35,11 @@ def match_classes(
         class_map: where names differ, or the detector's file has none.
 
     Raises:
-        UserError: for a class that it does not know, or that would stand for two.
+        UserError: for a class that it does not know, or that would stand for two, and for what are
+            no names or no map.
     """
-    class_map = class_map or {}
+    class_map = {} if class_map is None else class_map
+    _require_names(classes, class_map)
     for name in class_map:
         if name not in classes:
             raise UserError(
@@ -119,6 +121,22 @@ def _cut_logits(detector: FPNDetector, kept: Sequence[int]) -> None:
     first = range(0, logits.out_channels, detector.num_classes)  # of each anchor
     rows = [start + label for start in first for label in kept]
     detector.logits = with_outputs(logits, rows)
+
+
+def _require_names(classes: Any, class_map: Any) -> None:
+    named = isinstance(classes, Sequence) and not isinstance(classes, str) and len(classes) > 0
+    if not named or not all(isinstance(name, str) for name in classes):
+        raise UserError(f"classes is {classes!r}; expected a list of names, such as ['cat', 'dog']")
+    if not isinstance(class_map, Mapping):
+        raise UserError(
+            f"class_map is {class_map!r}; expected a mapping of names, such as {{'cat': 'kitten'}}"
+        )
+    for name, known in class_map.items():
+        if isinstance(known, bool) or not isinstance(known, (str, int)):
+            raise UserError(
+                f"class_map: {name!r} is {known!r}; expected what the detector calls the class, or "
+                f"its label there, a whole number from 0 on"
+            )
 
 
 def _tell_labels(detector: FPNDetector, class_map: ClassMap) -> None:
