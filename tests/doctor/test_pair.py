@@ -1,3 +1,5 @@
+import pytest
+
 from detdistill.doctor.pair import Fit, build_arm, check_fit, check_pair, describe_helpers
 from tests.doctor.conftest import levels
 from tests.helpers import narrow
@@ -37,6 +39,21 @@ def test_the_student_stays_as_it_is():
     before = {name: value.clone() for name, value in student.state_dict().items()}
     assert not check_fit(student, teacher, "a", {"feature": {"transfer_head": True}}).reason
     assert all(value.equal(before[name]) for name, value in student.state_dict().items())
+
+
+@pytest.mark.parametrize(("asked", "level"), [(False, "note"), (True, "problem")])
+def test_classes_that_the_teacher_does_not_know_are_told_once(asked, level):
+    student, teacher = narrow(num_classes=2), narrow(num_classes=2, seed=1)
+    student.classes, teacher.classes = ["cat", "moo"], ["cat", "cow"]
+    arms = [["crosskd"], ["ld"], ["pkd"], ["crosskd", "ld"], ["crosskd_roi"], ["mimic"]]
+    fits = [check_fit(student, teacher, "+".join(m), {key: {} for key in m}) for m in arms]
+    told, fitting, other = check_pair(fits, asked, "do")
+    assert [f.level for f in (told, fitting, other)] == [level, "ok", level]
+    beginning = "do not fit: crosskd, ld, mimic: the teacher gfl_r18 knows no class 'moo'"
+    assert told.text.startswith(beginning)
+    assert other.text.startswith("does not fit: crosskd_roi needs a student")
+    [one, _] = check_pair(fits[1:3], asked, "do")
+    assert one.text.startswith("does not fit: ld: the teacher gfl_r18 knows no class")
 
 
 def test_levels():

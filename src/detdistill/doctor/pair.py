@@ -106,7 +106,7 @@ def _millions(count: int) -> str:
 
 
 def check_pair(fits: Sequence[Fit], asked: bool, advice: str) -> list[Finding]:
-    """A line for each arm.
+    """A line for each arm, but one for all methods that give the same reason.
 
     Args:
         fits: of all arms.
@@ -117,14 +117,35 @@ def check_pair(fits: Sequence[Fit], asked: bool, advice: str) -> list[Finding]:
     waiting = [fit.name for fit in fits if fit.lacks_teacher and not asked]
     if waiting:
         findings.append(Finding("note", f"for want of a teacher not tried: {', '.join(waiting)}"))
-    for fit in fits:
+    for fit, text in zip(fits, _reasons(fits), strict=True):
         if fit.name in waiting:
             continue
         if not fit.reason:
             findings.append(Finding("ok", f"{fit.name} fits; it {fit.helpers}"))
-            continue
-        text = f"does not fit: {fit.reason}"  # a method's sentence begins with its name
-        findings.append(Finding("problem", text, advice) if asked else Finding("note", text))
+        if text:
+            findings.append(Finding("problem", text, advice) if asked else Finding("note", text))
     if all(fit.reason for fit in fits) and not waiting and not asked:
         findings.append(Finding("problem", "no method fits this pair", advice))
     return findings
+
+
+def _reasons(fits: Sequence[Fit]) -> list[str]:
+    """Why each does not fit; "" where it fits, or where that was said with an earlier one.
+
+    A method's sentence begins with its name; what stands after a colon may hold for several.
+    """
+    methods: dict[str, dict[str, None]] = {}  # of each such reason, once each
+    for fit in fits:
+        method, _, reason = fit.reason.partition(": ")
+        if method.isidentifier():
+            methods.setdefault(reason, {})[method] = None
+    texts = []
+    for fit in fits:
+        method, _, reason = fit.reason.partition(": ")
+        if not method.isidentifier():
+            texts.append(fit.reason and f"does not fit: {fit.reason}")
+            continue
+        names = list(methods.pop(reason, {}))
+        verb = "does" if len(names) == 1 else "do"
+        texts.append(f"{verb} not fit: {', '.join(names)}: {reason}" if names else "")
+    return texts
