@@ -24,6 +24,21 @@ def test_a_distillation_term_that_stays_zero_warns_once(tmp_path):
     assert warning.startswith("crosskd/cls was exactly 0 for 50 steps")
 
 
+def test_a_distillation_term_that_stays_far_above_the_task_warns_once(tmp_path):
+    window = TermWindow(tmp_path)
+    warnings = []
+    for step in range(180):
+        raw = {"task/cls": 1.0, "task/box": 0.5, "tf_head/ckd_rcnn": 1000.0, "head/akd_1": 149.0}
+        weighted = {**raw, "tf_head/ckd_rcnn": 151.0 if step != 40 else 1.0}
+        window.add(raw, weighted, step, [1])
+        window.add(raw, weighted, step, [2])
+        warnings += window.end_step()
+        assert len(warnings) == (step >= 90)
+    [warning] = warnings
+    assert warning.startswith("tf_head/ckd_rcnn has been over 100 times the task's losses for 50")
+    assert "(302 beside 3)" in warning and "lower its weight" in warning
+
+
 class Terminal(io.StringIO):
     def isatty(self):
         return True

@@ -6,7 +6,7 @@ import json
 import math
 import textwrap
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,6 +21,9 @@ from detdistill.errors import UserError
 from detdistill.progress import Advance, Counts, Pace, columns, plain_console, seconds_left
 
 ZERO_STEPS = 50
+HEAVY, HEAVY_STEPS = 100, 50
+"""How many times the task's losses a term may be, and for how many steps, before it is told; AKD at
+its published weight is 25 times them at the end of its warm-up in `small/head`, and helps."""
 
 
 class MetricsFile:
@@ -57,6 +60,8 @@ class TermWindow:
         self._sums: dict[str, tuple[float, float]] = {}
         self._count = 0
         self._zeros: Counter[str] = Counter()
+        self._heavy: Counter[str] = Counter()
+        self._weights: defaultdict[str, float] = defaultdict(float)  # of this step
         self._seen: dict[str, bool] = {}  # terms of this step: was any not 0?
 
     def add(
@@ -82,11 +87,12 @@ class TermWindow:
             before = self._sums.get(name, (0.0, 0.0))
             self._sums[name] = (before[0] + value, before[1] + weighted[name])
             self._seen[name] = self._seen.get(name, False) or value != 0 or name in resting
+            self._weights[name] += weighted[name]
         self._count += 1
 
     def end_step(self) -> list[str]:
-        """Warnings about distillation terms that have been exactly 0 for long."""
-        warnings = []
+        """Warnings about distillation terms that have long been exactly 0, or far too large."""
+        warnings = self._outweighing()
         for name, seen in self._seen.items():
             self._zeros[name] = 0 if seen else self._zeros[name] + 1
             if self._zeros[name] == ZERO_STEPS and not name.startswith("task/"):
@@ -95,6 +101,20 @@ class TermWindow:
                     f"check the teacher with `detdistill eval` and the method's settings"
                 )
         self._seen.clear()
+        return warnings
+
+    def _outweighing(self) -> list[str]:
+        task = sum(value for name, value in self._weights.items() if name.startswith("task/"))
+        warnings = []
+        for name, value in self._weights.items():
+            self._heavy[name] = self._heavy[name] + 1 if value > HEAVY * task > 0 else 0
+            if self._heavy[name] == HEAVY_STEPS:
+                warnings.append(
+                    f"{name} has been over {HEAVY} times the task's losses for {HEAVY_STEPS} steps "
+                    f"({value:.3g} beside {task:.3g}): the student learns little else; lower its "
+                    f"weight or the learning rate, or give its method an earlier `stop`"
+                )
+        self._weights.clear()
         return warnings
 
     def take(self) -> tuple[dict[str, float], dict[str, float]]:
