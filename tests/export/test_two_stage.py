@@ -90,7 +90,7 @@ def test_the_file_is_the_detector(name: str, tmp_path: Path) -> None:
     assert parity.compared > 20 and parity.lost <= 2
 
 
-def test_pooling_in_a_file(tmp_path: Path) -> None:
+def test_pooling_in_a_file() -> None:
     """Boxes on every level, on none of some, of no size, and beyond the image."""
     import onnxruntime
 

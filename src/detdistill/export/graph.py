@@ -120,10 +120,9 @@ class FinalGraph(Graph):
     def best(self, boxes: Tensor, scores: Tensor, labels: Tensor) -> tuple[Tensor, ...]:
         """The slots, from boxes (B, P, 4), scores (B, P), 0 for what NMS removed, and labels."""
         best, index = scores.topk(min(MAX_DETECTIONS, scores.shape[1]))
-        boxes = boxes.gather(1, index[..., None].expand(-1, -1, 4))
         found = best > 0
         return (
-            torch.where(found[..., None], boxes, 0.0),
+            torch.where(found[..., None], rows_at(boxes, index), 0.0),
             best,
             torch.where(found, labels.gather(1, index), NOTHING),
         )
@@ -167,9 +166,13 @@ class DetectionGraph(FinalGraph):
         if maps.quality is not None:
             quality = maps.quality[level].permute(0, 2, 3, 1).flatten(1).float()
             scores = self.detector.with_quality(scores, quality.gather(1, rows))
-        encodings = flatten_maps([maps.boxes[level]])
-        chosen = encodings.gather(1, rows[..., None].expand(-1, -1, encodings.shape[2]))
+        chosen = rows_at(flatten_maps([maps.boxes[level]]), rows)
         return self.detector.decode(chosen, anchors[rows]), scores * passed, labels
+
+
+def rows_at(values: Tensor, index: Tensor) -> Tensor:
+    """Of each image's rows (B, P, D) those at an index (B, M): (B, M, D)."""
+    return values.gather(1, index[..., None].expand(-1, -1, values.shape[2]))
 
 
 def clip_to_sizes(boxes_xyxy: Tensor, sizes: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ from detdistill.detectors.roi_head import (
     pooling_level,
 )
 from detdistill.detectors.two_stage import TEST_PER_LEVEL, TwoStageDetector
-from detdistill.export.graph import MAX_DETECTIONS, FinalGraph, clip_to_sizes
+from detdistill.export.graph import MAX_DETECTIONS, FinalGraph, clip_to_sizes, rows_at
 from detdistill.export.suppression import survivors
 from detdistill.structures import DenseOutput, Pyramid
 
@@ -58,15 +58,15 @@ class TwoStageGraph(FinalGraph):
             objectness = logits[:, :, 0].permute(0, 2, 3, 1).flatten(1)
             best, index = objectness.topk(min(TEST_PER_LEVEL, objectness.shape[1]))
             encodings = maps.permute(0, 3, 4, 1, 2).flatten(1, 3)
-            chosen = encodings.gather(1, index[..., None].expand(-1, -1, 4))
-            boxes = clip_to_sizes(rpn.decode(chosen, anchors[index]), sizes)
+            boxes = rpn.decode(rows_at(encodings, index), anchors[index])
+            boxes = clip_to_sizes(boxes, sizes)
             # Sigmoids would be 0 for many, and such a proposal still counts.
             ranks = torch.arange(best.shape[1], 0, -1) * has_area(boxes).float()
             kept = survivors(boxes, ranks[:, None], PROPOSAL_NMS, best.shape[1])
             parts.append((boxes, torch.where(kept > 0, best, -torch.inf)))
         boxes, scores = (torch.cat(part, 1) for part in zip(*parts, strict=True))
         best, index = scores.topk(min(self.detector.test_proposals, scores.shape[1]))
-        return boxes.gather(1, index[..., None].expand(-1, -1, 4)), best > -torch.inf
+        return rows_at(boxes, index), best > -torch.inf
 
     def _detections(
         self, head: RoIHead, boxes: Tensor, deltas: Tensor, scores: Tensor, sizes: Tensor
@@ -114,7 +114,8 @@ def pooled(
     """
     out = rois.new_zeros((len(rois), levels[0].shape[1], POOLED, POOLED))
     for i, (level, stride) in enumerate(zip(levels, strides, strict=True)):
-        out[level_of_box == i] = pool_level(level, stride, rois[level_of_box == i])
+        own = level_of_box == i
+        out[own] = pool_level(level, stride, rois[own])
     return out
 
 
