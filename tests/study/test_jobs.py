@@ -145,8 +145,18 @@ def test_one_job_runs_here_and_in_order():
     assert seen == [0, 1, 2]
 
 
-def test_a_study_of_several_jobs_finds_what_one_finds(recipe, tmp_path, monkeypatch, capsys):
+@pytest.fixture
+def one_thread(monkeypatch):
+    """Of the runs here and of those in processes of their own: sums depend on their number."""
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_a_study_of_several_jobs_finds_what_one_finds(recipe, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("detdistill.study.compare.write_report", lambda *given: None)
     short = recipe.model_copy(update={"epochs": 1, "max_steps": 1, "batch_size": 2})
     options = {"teacher": "gfl_r18", "methods": ["crosskd"], "seeds": [0]}

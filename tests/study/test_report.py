@@ -35,6 +35,22 @@ def test_report_without_a_teacher(recipe, reported_world, tmp_path):
     assert "tf-head" in shown and "teacher" not in shown and "gap closed" not in shown
 
 
+def test_several_methods_are_held_against_one_another(recipe, reported_world, tmp_path):
+    out = tmp_path / "study"
+    run_study(recipe, out, methods=["crosskd", "pkd"])
+    page, text = (out / "report.html").read_text(), (out / "results.md").read_text()
+    assert "Method against method" in page and "| PKD |" in text.partition("| over |")[2]
+    between = json.loads((out / "results.json").read_text())["between"]
+    assert {(entry["arm"], entry["over"]) for entry in between} == {
+        (arm, over)
+        for arm in ("crosskd", "pkd")
+        for over in ("student", "crosskd", "pkd", "student_same_time")
+        if arm != over
+    }
+    run_study(recipe, tmp_path / "one", methods=["crosskd"])
+    assert "Method against method" not in (tmp_path / "one/report.html").read_text()
+
+
 def test_report_is_the_same_in_every_build(recipe, reported_world, tmp_path):
     out = tmp_path / "study"
     run_study(recipe, out, seeds=[0])

@@ -19,6 +19,13 @@ from detdistill.engine.build import teacher_file
 from detdistill.engine.checkpoint import exclusive, write_json, write_text
 from detdistill.evaluation.speed import latency_ms
 from detdistill.recipe import Recipe, read_yaml
+from detdistill.study.between import (
+    NOTE,
+    difference_rows,
+    difference_values,
+    differences,
+    ranking,
+)
 from detdistill.study.check import check_study, check_teacher_epochs, existing_teacher
 from detdistill.study.jobs import Jobs
 from detdistill.study.plan import (
@@ -39,7 +46,13 @@ from detdistill.study.runs import (
     with_gain_interval,
 )
 from detdistill.study.summary import Arm, control_of, paired_gains, verdicts, warnings
-from detdistill.study.table import format_time, markdown_table, print_table, table_notes
+from detdistill.study.table import (
+    as_markdown,
+    format_time,
+    markdown_table,
+    print_table,
+    table_notes,
+)
 
 SAME_TIME = "student_same_time"
 ALONE: dict[str, Any] = {"teacher": None, "teacher_options": {}, "methods": {}, "arms": {}}
@@ -276,14 +289,19 @@ def _with_latency(arms: list[Arm], taught: Recipe, study: _Study) -> list[Arm]:
 
 def _write(study: _Study, arms: list[Arm]) -> None:
     """The results as JSON, Markdown and a page; then the table on standard output."""
-    out, sentences, caveats = study.out, verdicts(arms), warnings(arms)
+    out, sentences, caveats = study.out, [*ranking(arms), *verdicts(arms)], warnings(arms)
     facts = study_facts(study.recipe, study.state)
     rows = [_arm_values(arm, control_of(arms), out) for arm in arms]
-    results = {"verdict": sentences, "warnings": caveats, "arms": rows, "facts": facts}
+    results = {"verdict": sentences, "warnings": caveats, "arms": rows}
+    between = differences(arms)
+    results |= {"between": difference_values(between), "facts": facts}
     write_json(out / "results.json", results)
     lines = [*sentences, *(f"**Warning:** {caveat}" for caveat in caveats)]
     settings = "\n".join(f"- {name}: {value}" for name, value in facts.items())
-    parts = ["# Results", markdown_table(arms), "\n".join(lines), table_notes(arms), settings]
+    parts = ["# Results", markdown_table(arms), "\n".join(lines), table_notes(arms)]
+    if between:
+        parts += ["## Method against method", as_markdown(difference_rows(between)), NOTE]
+    parts += ["## Settings", settings]
     write_text(out / "results.md", "\n\n".join(parts) + "\n")
     write_report(out, study.recipe, arms, sentences, caveats, facts)
     print_table(arms, sentences, caveats)

@@ -12,9 +12,10 @@ from detdistill.data import open_dataset
 from detdistill.drawing.page import cards, facts_list, figure, page, panel_row, verdict, warnings
 from detdistill.engine.checkpoint import write_text
 from detdistill.recipe import Recipe, dump_recipe
+from detdistill.study.between import NOTE, Difference, difference_rows, differences
 from detdistill.study.curves import ap_chart, arm_colours, class_chart, loss_chart, seeds_chart
 from detdistill.study.gallery import CORRECT, FALSE, MISSED, TRUTH, make_gallery
-from detdistill.study.summary import Arm, arm_of, control_of, paired_gains
+from detdistill.study.summary import Arm, arm_of, control_of, is_clear, paired_gains
 from detdistill.study.table import size_rows, table_header, table_notes, table_rows
 
 LEGEND = "".join(
@@ -52,6 +53,7 @@ def write_report(
         warnings=warnings(caveats),
         cards=_cards(arms, control, best),
         seeds=seeds_chart(arms),
+        between=_between(arms),
         table=_table(arms, table_header(arms), table_rows(arms)),
         sizes=_table(arms, SIZES, size_rows(arms)),
         notes=html.escape(table_notes(arms)),
@@ -84,6 +86,29 @@ def _cards(arms: Sequence[Arm], control: Arm, best: Arm) -> str:
     if teacher is not None:
         entries.append(("teacher", f"{teacher.mean():.1f}", "AP on test"))
     return cards(entries)
+
+
+def _between(arms: Sequence[Arm]) -> str:
+    """Method against method, where there are several; sure differences in bold."""
+    rows = differences(arms)
+    if not rows:
+        return ""
+    head = "".join(f'<th scope="col">{html.escape(name)}</th>' for name in difference_rows(rows)[0])
+    body = "".join(
+        f'<tr><th scope="row">{html.escape(row[0].arm.title)}</th>{"".join(map(_cell, row))}</tr>'
+        for row in rows
+    )
+    return (
+        '<h3>Method against method</h3><div class="scroll" tabindex="0"><table>'
+        f"<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
+        f'<p class="notes">{html.escape(NOTE)} Bold: all seeds agree, and the interval leaves 0 '
+        "out.</p>"
+    )
+
+
+def _cell(cell: Difference) -> str:
+    tag = "b" if is_clear(cell.gains) else "span"
+    return f'<td><{tag}>{cell.mean}</{tag}><div class="unit">{cell.interval}</div></td>'
 
 
 def _table(arms: Sequence[Arm], header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -121,7 +121,7 @@ def is_clear(gains: Sequence[float]) -> bool:
 
 def verdict(title: str, gains: Sequence[float], caveat: str = "") -> str:
     """One honest sentence about paired gains; `caveat` says where they do not hold."""
-    mean = f"{_signed(statistics.fmean(gains))} AP"
+    mean = f"{signed(statistics.fmean(gains))} AP"
     if len(gains) == 1:
         return (
             f"{title}: {mean} with one seed, which says nothing about the spread between seeds: "
@@ -129,11 +129,7 @@ def verdict(title: str, gains: Sequence[float], caveat: str = "") -> str:
         )
     # As they are shown: a gain that reads +0.0 is neither positive nor negative.
     low, high = round(min(gains), 1), round(max(gains), 1)
-    lower, upper = mean_interval(gains)
-    reach = (
-        f"95 % interval {_signed(lower)} to {_signed(upper)}; "
-        f"seeds {_signed(low)} to {_signed(high)}"
-    )
+    reach = _reach(gains)
     if low < 0 < high:
         return f"{title}: no clear gain, the seeds disagree ({mean}, {reach})."
     if low == high == 0:
@@ -150,7 +146,15 @@ def verdict(title: str, gains: Sequence[float], caveat: str = "") -> str:
     return f"{title} {word}: {mean} ({reach}, all {sign})."
 
 
-def _signed(value: float) -> str:
+def _reach(gains: Sequence[float]) -> str:
+    lower, upper = mean_interval(gains)
+    return (
+        f"95 % interval {signed(lower)} to {signed(upper)}; "
+        f"seeds {signed(min(gains))} to {signed(max(gains))}"
+    )
+
+
+def signed(value: float) -> str:
     """One decimal with its sign; what rounds to 0 is +0.0."""
     return f"{round(value, 1) + 0:+.1f}"
 
@@ -196,7 +200,13 @@ def warnings(arms: Sequence[Arm]) -> list[str]:
             f"The teacher ({teacher.mean():.1f} AP) is no better than the student alone "
             f"({control.mean():.1f} AP): a better teacher comes before any distillation."
         )
-    found += [text for arm in arms if arm.kind == "method" for text in _within_noise(arm)]
+    methods = [arm for arm in arms if arm.kind == "method"]
+    unsure = [text for arm in methods if (text := _within_noise(arm))]
+    if unsure:
+        found.append(
+            "The test split is too small to be sure of every run: with other images of its kind "
+            f"{', '.join(unsure)} (95 %, resampled test images)."
+        )
     late = [gain for run in control.runs if (gain := late_gain(run)) is not None]
     if late and statistics.fmean(late) >= CONVERGED:
         found.append(
@@ -216,8 +226,8 @@ def late_gain(run: RunScore) -> float | None:
     return float(100 * (log[-1]["metrics"]["AP"] - before[-1]["metrics"]["AP"]))
 
 
-def _within_noise(arm: Arm) -> list[str]:
-    """A warning when the test images are too few to tell the gain of some seed from nothing."""
+def _within_noise(arm: Arm) -> str:
+    """What the test images leave open of a seed's gain that might be none; "" where none might."""
     unsure = [
         (run.seed, low, high)
         for run in arm.runs
@@ -226,13 +236,10 @@ def _within_noise(arm: Arm) -> list[str]:
         if low <= 0 <= high
     ]
     if not unsure:
-        return []
+        return ""
     seed, low, high = min(unsure, key=lambda entry: entry[1])
-    return [
-        f"The test split is too small to be sure of every run: with other images of its kind "
-        f"{arm.title} could gain {100 * low:+.1f} to {100 * high:+.1f} AP with seed {seed} "
-        "(95 %, resampled test images)."
-    ]
+    reach = f"{signed(100 * low)} to {signed(100 * high)} AP"
+    return f"{arm.title} could gain {reach} with seed {seed}"
 
 
 def _against_same_time(
@@ -247,7 +254,7 @@ def _against_same_time(
     factor = statistics.fmean(epochs) / statistics.fmean(base)
     if factor == 1:
         return "Distillation took no longer than the student alone, which so had the same time."
-    reach = f" (seeds {min(gains):+.1f} to {max(gains):+.1f})" if len(gains) > 1 else ""
+    reach = f" ({_reach(gains)})" if len(gains) > 1 else ""
     given = f"the same training time ({factor:.2g} x the epochs)"
     if faster:
         given = (
@@ -256,5 +263,5 @@ def _against_same_time(
         )
     return (
         f"Against the student alone given {given}: "
-        f"{arm.title} {statistics.fmean(gains):+.1f} AP{reach}."
+        f"{arm.title} {signed(statistics.fmean(gains))} AP{reach}."
     )

@@ -81,9 +81,14 @@ def plain_table(arms: Sequence[Arm]) -> str:
 
 def markdown_table(arms: Sequence[Arm]) -> str:
     """The same as a Markdown table."""
-    header = table_header(arms)
+    return as_markdown([table_header(arms), *table_rows(arms)])
+
+
+def as_markdown(rows: Sequence[Sequence[str]]) -> str:
+    """A header and rows as a Markdown table, numbers to the right."""
+    header, *body = rows
     rule = ["---"] + ["---:"] * (len(header) - 1)
-    return "\n".join("| " + " | ".join(row) + " |" for row in (header, rule, *table_rows(arms)))
+    return "\n".join("| " + " | ".join(row) + " |" for row in (header, rule, *body))
 
 
 def print_table(arms: Sequence[Arm], sentences: Sequence[str], caveats: Sequence[str]) -> None:
