@@ -17,6 +17,10 @@ class UserError(ValueError):
     told: bool | None = None
 
 
+class DivergedError(UserError):
+    """A training whose loss or weights are no longer finite."""
+
+
 class UserNotice(UserWarning):
     """What was done otherwise than a user may think, told in one sentence."""
 

@@ -12,6 +12,7 @@ from PIL import Image, ImageDraw
 from torch import nn
 
 from detdistill.engine.train import RunResult
+from detdistill.errors import DivergedError
 from detdistill.recipe import Recipe, dump_recipe
 from detdistill.structures import Detections
 
@@ -108,7 +109,8 @@ class World:
     """Replaces training and loading; counts what is asked of it.
 
     `skills` maps an arm ("teacher", "student", "crosskd", ...) to 0..1; `seconds` and
-    `processor_seconds` to the times that a run claims to have taken.
+    `processor_seconds` to the times that a run claims to have taken. Runs that try a learning rate
+    are the better the nearer it is to `best_lr`; from `too_high` on all diverge.
     """
 
     def __init__(self, dataset, skills=None, seconds=None, eval_aps=None):
@@ -116,12 +118,13 @@ class World:
         self.skills = {"teacher": 0.9, "student": 0.5, "crosskd": 0.7, "pkd": 0.62, "tf_head": 0.6}
         self.skills |= {"student_same_time": 0.53} | (skills or {})
         self.seconds = {"teacher": 200, "student": 100, "crosskd": 150, "pkd": 125, "tf_head": 130}
-        self.seconds |= {"student_same_time": 150} | (seconds or {})
+        self.seconds |= {"rates": 100, "student_same_time": 150} | (seconds or {})
         self.processor_seconds: dict[str, float] = {}
         self.eval_aps = eval_aps
         self.trained: list[str] = []
         self.loaded: list[str] = []
         self.die_at: str | None = None
+        self.best_lr, self.too_high = 0.01, math.inf
 
     def train(self, recipe: Recipe, out: Path, *, resume: bool = False) -> RunResult:
         arm = self.arm(out)
@@ -130,9 +133,11 @@ class World:
         (out / "recipe.yaml").write_text(dump_recipe(recipe))
         if self.die_at == f"{arm}/{out.name}":
             raise KeyboardInterrupt
+        if recipe.lr >= self.too_high:
+            raise DivergedError(f"{out.name}: diverged")
         steps = 20 * recipe.epochs
         self.write_log(recipe, out, arm, steps)
-        skill = self.skills[arm] + 0.01 * math.sin(7 * recipe.seed)
+        skill = self.skill(recipe, arm) + 0.01 * math.sin(7 * recipe.seed)
         facts = {"skill": skill, "seed": recipe.seed, "arm": arm}
         (out / "model.safetensors").write_text(json.dumps(facts))
         (out / "model.json").write_text("{}")
@@ -144,6 +149,11 @@ class World:
     @staticmethod
     def arm(folder):
         return "teacher" if folder.name == "teacher" else folder.parent.name
+
+    def skill(self, recipe, arm):
+        if arm != "rates":
+            return self.skills[arm]
+        return self.skills["student"] - 0.05 * abs(math.log2(recipe.lr / self.best_lr))
 
     def write_log(self, recipe, out, arm, steps):
         noise = random.Random(f"{arm}{recipe.seed}")
@@ -161,7 +171,7 @@ class World:
                         json.dumps({"kind": "step", **base, **line, "weighted": values}) + "\n"
                     )
                 if step % 20 == 0:
-                    ap = self.skills[arm] * (1 - math.exp(-9 * step / steps))
+                    ap = self.skill(recipe, arm) * (1 - math.exp(-9 * step / steps))
                     ap += noise.uniform(0, 0.004)
                     if self.eval_aps:
                         ap = self.eval_aps[step * len(self.eval_aps) // (steps + 1)]

@@ -52,7 +52,7 @@ def run_program(monkeypatch, tmp_path):
 
     def start(many, code, *arguments):
         command = [sys.executable, "-c", code, *map(str, arguments)]
-        monkeypatch.setattr(jobs, "worker_command", lambda recipe, folder: command)
+        monkeypatch.setattr(jobs, "worker_command", lambda recipe, folder, task: command)
         return many.start(many.train_and_test, None, tmp_path / "run")
 
     return start
@@ -170,6 +170,14 @@ def test_a_study_of_several_jobs_finds_what_one_finds(recipe, tmp_path, monkeypa
     assert set(state["runs"].values()) == {"done"} and state["jobs"] == 2
     assert "runs/crosskd/seed0: training" in capsys.readouterr().out
     assert "runs at once: 2" in (tmp_path / "two/results.md").read_text()
+
+
+def test_a_run_in_a_process_without_its_test(recipe, tmp_path):
+    short = recipe.model_copy(update={"epochs": 1, "max_steps": 1, "batch_size": 2})
+    with Jobs(2).closing() as many:
+        many.start(many.train, short, tmp_path / "runs" / "seed0").result()
+    assert (tmp_path / "runs/seed0/model.safetensors").exists()
+    assert not list(tmp_path.rglob("test*.json"))
 
 
 def test_jobs_and_devices_exclude_each_other(recipe, tmp_path):

@@ -73,6 +73,12 @@ TeacherEpochs = Annotated[
     int | None,
     typer.Option(metavar="N", min=1, help="Of a teacher trained here, if not the recipe's."),
 ]
+TuneLr = Annotated[
+    bool,
+    typer.Option(
+        "--tune-lr", help="First find the learning rate that is best for the student alone, on val."
+    ),
+]
 Method = Annotated[
     str | None, typer.Option("--method", metavar="NAME", help="Several: crosskd+pkd.")
 ]

@@ -24,6 +24,7 @@ from detdistill.cli.options import (
     Student,
     TeacherEpochs,
     TeacherToTrain,
+    TuneLr,
 )
 from detdistill.errors import UserError
 
@@ -89,6 +90,7 @@ def compare(
     methods: Methods = None,
     seeds: Seeds = "0,1,2",
     teacher_epochs: TeacherEpochs = None,
+    tune_lr: TuneLr = False,
     data: Data = None,
     recipe: RecipeFile = None,
     assignments: Assignments = None,
@@ -115,7 +117,7 @@ def compare(
         raise UserError("no method was given: add --methods NAMES, e.g. --methods crosskd")
     request = Request(teacher, student, data, methods, recipe, tuple(assignments or ()))
     _check_study(settings, out, names, request)
-    _compare(settings, out, names, _parse_seeds(seeds), teacher_epochs, jobs)
+    _compare(settings, out, names, _parse_seeds(seeds), teacher_epochs, jobs, tune_lr)
     _say_next(f"open {shlex.quote(str(out / 'report.html'))} in a browser")
 
 
@@ -155,6 +157,7 @@ def _compare(
     seeds: list[int],
     teacher_epochs: int | None,
     jobs: int = 1,
+    tune_lr: bool = False,
 ) -> None:
     from detdistill.study.compare import compare as run_study
 
@@ -165,6 +168,7 @@ def _compare(
         methods=methods,
         seeds=seeds,
         teacher_epochs=teacher_epochs,
+        tune_lr=tune_lr,
         jobs=jobs,
     )
 

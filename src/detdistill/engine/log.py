@@ -17,7 +17,7 @@ from rich.progress import Progress
 from rich.text import Text
 
 from detdistill.engine.checkpoint import last_good, write_text
-from detdistill.errors import UserError
+from detdistill.errors import DivergedError
 from detdistill.progress import Advance, Counts, Pace, columns, plain_console, seconds_left
 
 ZERO_STEPS = 50
@@ -72,13 +72,13 @@ class TermWindow:
         image_ids: Sequence[int],
         resting: Collection[str] = (),
     ) -> None:
-        """Takes the terms of a micro batch; `UserError` on a non-finite one.
+        """Takes the terms of a micro batch; `DivergedError` on a non-finite one.
 
         `resting` terms are 0 by their schedule, about which there is nothing to warn.
         """
         for name, value in weighted.items():
             if not math.isfinite(value):
-                raise UserError(
+                raise DivergedError(
                     f"{name} is {value} at step {step}, images {list(image_ids)}; "
                     f"{last_good(self.out)}; try a lower lr or clip_norm, and look at these "
                     f"images' boxes"

@@ -32,7 +32,7 @@ from detdistill.engine.distributed import gathered, random_states, restore_rando
 from detdistill.engine.log import MetricsFile, RunDisplay, TermWindow
 from detdistill.engine.optim import make_optimizer, run_length
 from detdistill.engine.trackers import Tracker, curves, open_trackers
-from detdistill.errors import UserError
+from detdistill.errors import DivergedError, UserError
 from detdistill.evaluation.coco import CocoMetrics
 from detdistill.evaluation.run import evaluate_dataset, knows_classes
 from detdistill.recipe import Recipe
@@ -307,7 +307,7 @@ class Run:
         """A good checkpoint is never replaced by weights that an exploded step left."""
         for name, value in self.distiller.state_dict().items():
             if isinstance(value, torch.Tensor) and not value.isfinite().all():
-                raise UserError(
+                raise DivergedError(
                     f"{name} is no longer finite after step {self.step}; {last_good(self.out)}; "
                     f"try a lower lr or clip_norm"
                 )

@@ -17,6 +17,7 @@ from detdistill.data import open_dataset
 from detdistill.detectors import FPNDetector, load_detector
 from detdistill.engine.build import teacher_file
 from detdistill.engine.checkpoint import exclusive, write_json, write_text
+from detdistill.errors import DivergedError
 from detdistill.evaluation.speed import latency_ms
 from detdistill.recipe import Recipe, read_yaml
 from detdistill.study.between import (
@@ -39,7 +40,9 @@ from detdistill.study.plan import (
 from detdistill.study.report import write_report
 from detdistill.study.runs import (
     RunScore,
+    adopt,
     comparable_times,
+    read_log,
     study_device,
     test_once,
     train_and_test,
@@ -53,6 +56,7 @@ from detdistill.study.table import (
     print_table,
     table_notes,
 )
+from detdistill.study.tuning import Tuning, tune
 
 SAME_TIME = "student_same_time"
 ALONE: dict[str, Any] = {"teacher": None, "teacher_options": {}, "methods": {}, "arms": {}}
@@ -69,6 +73,7 @@ def compare(
     methods: Sequence[str],
     seeds: Sequence[int],
     teacher_epochs: int | None = None,
+    tune_lr: bool = False,
     jobs: int = 1,
     on_status: Callable[[str], None] = print,
 ) -> list[Arm]:
@@ -84,6 +89,8 @@ def compare(
         seeds: each arm but the teacher runs once with each.
         teacher_epochs: of a teacher trained here, if not those of the recipe; refused where none
             is.
+        tune_lr: whether to look for the learning rate at which the student alone does best on
+            val, with the first seed; every run has that one then, in place of the recipe's.
         jobs: runs at once, each in a process of its own if more than one. They slow each other,
             so that times, and the same-time control that rests on them, are rougher.
         on_status: called with a line at each step of the study.
@@ -96,10 +103,12 @@ def compare(
     check_teacher_epochs(teacher, teacher_epochs)
     inputs = check_study(recipe, teacher, methods, seeds, jobs, is_new_study(Path(out)))
     settings: dict[str, Any] = {"teacher": teacher, "teacher_epochs": teacher_epochs}
-    settings |= {"inputs": inputs, "jobs": jobs}
+    settings |= {"tune_lr": tune_lr, "inputs": inputs, "jobs": jobs}
     settings |= {"recipe": recipe.model_dump(), "methods": methods, "seeds": seeds}
     with exclusive(Path(out)), Jobs(jobs).closing() as many:
         study = _Study(Path(out), recipe, open_study(Path(out), settings), many, on_status)
+        if tune_lr:
+            study.tune(seeds[0])
         arms = study.arms(teacher, teacher_epochs, methods, seeds)
         _write(study, arms)
     on_status(f"report: {study.out / 'report.html'}")
@@ -140,6 +149,37 @@ class _Study:
                 scores.setdefault(name, []).append(score)
         scores[SAME_TIME] = [run.result() for run in longer]
         return _with_latency(_arms(teacher_score, scores), self.taught_by(weights), self)
+
+    def tune(self, seed: int) -> None:
+        """Gives the recipe the best rate for the student alone; looked for once in a study."""
+        if "tuning" not in self.state:
+            tuning = tune(self.recipe.lr, seed, lambda rates: self.val_aps(rates, seed))
+            self.state["tuning"] = tuning.as_values()
+            write_json(self.out / STUDY, self.state)
+            self.on_status(f"learning rate {tuning.text}")
+        tuning = Tuning.of_values(self.state["tuning"])
+        self.recipe = self.recipe.model_copy(update={"lr": tuning.lr})
+        adopt(self.out / _rate(tuning.lr), self.out / f"runs/student/seed{tuning.seed}")
+
+    def val_aps(self, rates: Sequence[float], seed: int) -> list[float]:
+        """Final AP on val of the student alone at each rate; -inf where it diverges."""
+        recipes = [self.control(seed).model_copy(update={"lr": rate}) for rate in rates]
+        runs = [self.jobs.start(self.val_ap, recipe) for recipe in recipes]
+        return [run.result() for run in runs]
+
+    def val_ap(self, recipe: Recipe) -> float:
+        """Of one rate; test is not looked at."""
+        name = _rate(recipe.lr)
+        self.on_status(f"{name}: training the student alone, to choose the learning rate")
+        self.record(name, "training")
+        try:
+            self.jobs.train(recipe, self.out / name)
+        except DivergedError:
+            ap = -math.inf
+        else:
+            ap = float(read_log(self.out / name, "eval")[-1]["metrics"]["AP"])
+        self.record(name, "done")
+        return ap
 
     def teacher(self, teacher: str, epochs: int | None) -> tuple[RunScore, str]:
         """The teacher's score and what a recipe calls it; a named one is trained first."""
@@ -248,6 +288,11 @@ class _Study:
             return f" ({self.left} runs to go, about {format_time(seconds)})"
 
 
+def _rate(lr: float) -> str:
+    """Name of a run that tries a learning rate."""
+    return f"rates/lr{lr:g}"
+
+
 def _seconds(score: RunScore) -> float:
     return score.seconds or 0.0
 
@@ -290,6 +335,8 @@ def _with_latency(arms: list[Arm], taught: Recipe, study: _Study) -> list[Arm]:
 def _write(study: _Study, arms: list[Arm]) -> None:
     """The results as JSON, Markdown and a page; then the table on standard output."""
     out, sentences, caveats = study.out, [*ranking(arms), *verdicts(arms)], warnings(arms)
+    if "tuning" in study.state:
+        caveats += Tuning.of_values(study.state["tuning"]).warnings
     facts = study_facts(study.recipe, study.state)
     rows = [_arm_values(arm, control_of(arms), out) for arm in arms]
     results = {"verdict": sentences, "warnings": caveats, "arms": rows}

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 import torch
 
@@ -21,6 +21,7 @@ from detdistill.study.runs import (
     is_finished,
     require_success,
     train_and_test,
+    train_once,
     worker_command,
 )
 
@@ -55,14 +56,23 @@ class Jobs:
 
     def train_and_test(self, recipe: Recipe, folder: Path) -> RunScore:
         """Trains (or resumes, or finds finished) one run and tests it once."""
-        if self._pool is not None and not is_finished(recipe, folder):
-            self._in_a_process(recipe, folder)
+        self._in_a_process(recipe, folder, "test")
         return train_and_test(recipe, folder)
 
-    def _in_a_process(self, recipe: Recipe, folder: Path) -> None:
+    def train(self, recipe: Recipe, folder: Path) -> None:
+        """The same without the test."""
+        self._in_a_process(recipe, folder, "train")
+        train_once(recipe, folder)
+
+    def _in_a_process(self, recipe: Recipe, folder: Path, task: Literal["train", "test"]) -> None:
+        """Where several run at once; afterwards the run is found finished."""
+        if self._pool is None or is_finished(recipe, folder):
+            return
         slot = self._slots.get()
         try:
-            with self._process(worker_command(recipe, folder), self._environment(slot)) as process:
+            with self._process(
+                worker_command(recipe, folder, task), self._environment(slot)
+            ) as process:
                 assert process.stdout is not None, "it is piped"
                 for line in process.stdout:
                     print(line, end="", file=sys.stderr, flush=True)

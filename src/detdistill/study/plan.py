@@ -20,6 +20,7 @@ from detdistill.engine.checkpoint import write_json
 from detdistill.errors import UserError
 from detdistill.recipe import Recipe, completed
 from detdistill.study.runs import read_json, study_device
+from detdistill.study.tuning import Tuning
 
 STUDY = "study.json"
 FREE = RUN_FREE | {"seed", "methods", "arms", "teacher"}
@@ -33,8 +34,8 @@ def open_study(out: Path, settings: dict[str, Any]) -> dict[str, Any]:
 
     Args:
         out: the study's folder.
-        settings: recipe (plain values), teacher (or None), teacher_epochs, methods, seeds, jobs,
-            and `inputs`, fingerprints of what the study rests on.
+        settings: recipe (plain values), teacher (or None), teacher_epochs, tune_lr, methods, seeds,
+            jobs, and `inputs`, fingerprints of what the study rests on.
 
     Returns:
         The content of `study.json`, already written.
@@ -88,6 +89,9 @@ def study_facts(recipe: Recipe, state: dict[str, Any]) -> dict[str, str]:
             f"CPU ({platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads)"
         )
     packages = ("torch", "torchvision", "timm", "hotcoco", "numpy")
+    tuned = {}
+    if "tuning" in state:
+        tuned = {"learning rate": Tuning.of_values(state["tuning"]).text}
     versions = ", ".join(f"{package} {version(package)}" for package in packages)
     return {
         "command": state["command"],
@@ -101,6 +105,7 @@ def study_facts(recipe: Recipe, state: dict[str, Any]) -> dict[str, str]:
         "python": platform.python_version(),
         "versions": f"detdistill {__version__}, {versions}",
         **source_commit(),
+        **tuned,
     }
 
 
@@ -137,6 +142,7 @@ def _refuse_difference(path: Path, state: dict[str, Any], settings: dict[str, An
     old, new = completed(state["recipe"]), dict(settings["recipe"])
     pairs = [(key, old.get(key), new.get(key)) for key in new if key not in FREE]
     pairs += [(key, state[key], settings[key]) for key in ("teacher", "teacher_epochs")]
+    pairs += [("tune_lr", state.get("tune_lr", False), settings["tune_lr"])]
     pairs += [
         (f"arm {arm}", _methods_of(arm, old), _methods_of(arm, new))
         for arm in _arms_begun(state, settings)

@@ -5,13 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import statistics
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -21,7 +22,7 @@ from detdistill.engine.build import WEIGHTS
 from detdistill.engine.checkpoint import changed_settings, write_json, write_text
 from detdistill.engine.run import finished_run
 from detdistill.engine.train import train
-from detdistill.errors import UserError
+from detdistill.errors import DivergedError, UserError
 from detdistill.evaluation.coco import ap_gain_interval, coco_metrics
 from detdistill.evaluation.run import detect_dataset
 from detdistill.evaluation.speed import count_parameters
@@ -32,6 +33,8 @@ STATUS = "run.json"
 TEST = "test.json"
 TEST_DETECTIONS = "test_detections.json"
 TEST_GAIN = "test_gain.json"
+DIVERGED = 3
+"""Exit code of a run whose training diverged."""
 
 
 @dataclass(frozen=True)
@@ -84,11 +87,7 @@ def comparable_times(*groups: Sequence[RunScore]) -> tuple[str, list[float]]:
 
 def train_and_test(recipe: Recipe, folder: Path) -> RunScore:
     """Trains (or resumes, or finds finished) one run and tests it once."""
-    if not is_finished(recipe, folder):
-        if recipe.devices > 1:
-            _train_in_processes(recipe, folder)
-        else:
-            train(recipe, folder, resume=True)
+    train_once(recipe, folder)
     tested = test_once(folder / WEIGHTS, recipe, folder, lambda: load_detector(folder))
     status = read_json(folder / STATUS)
     return RunScore(
@@ -101,30 +100,53 @@ def train_and_test(recipe: Recipe, folder: Path) -> RunScore:
     )
 
 
+def train_once(recipe: Recipe, folder: Path) -> None:
+    """Trains (or resumes, or finds finished) one run."""
+    if is_finished(recipe, folder):
+        return
+    if recipe.devices > 1:
+        _train_in_processes(recipe, folder)
+    else:
+        train(recipe, folder, resume=True)
+
+
+def adopt(folder: Path, place: Path) -> None:
+    """Puts a copy of a finished run where the same run of a study would be trained."""
+    if place.exists():
+        return
+    part = place.with_name(f"{place.name}.part")
+    shutil.rmtree(part, ignore_errors=True)
+    shutil.copytree(folder, part)
+    os.replace(part, place)
+
+
 def _train_in_processes(recipe: Recipe, folder: Path) -> None:
     """Trains on several devices, in a program of its own.
 
     The launcher of several processes starts the running program anew in each of them; that must
     be one training, not the whole study.
     """
-    code = subprocess.run(worker_command(recipe, folder), check=False).returncode
+    code = subprocess.run(worker_command(recipe, folder, "train"), check=False).returncode
     require_success(code, f"{folder}: training on {recipe.devices} devices failed, see above")
 
 
-def worker_command(recipe: Recipe, folder: Path) -> list[str]:
-    """The program that carries out one run; its recipe is written beside the run's folder."""
+def worker_command(recipe: Recipe, folder: Path, task: Literal["train", "test"]) -> list[str]:
+    """The program that carries out one run, its test too or not.
+
+    The run's recipe is written beside its folder.
+    """
     folder.parent.mkdir(parents=True, exist_ok=True)
     plan = folder.with_name(f"{folder.name}.yaml")
     write_text(plan, dump_recipe(recipe))
     program = [sys.executable, "-m", "detdistill.study.worker"]
-    return [*program, str(plan), str(folder), str(os.getpid())]
+    return [*program, str(plan), str(folder), str(os.getpid()), task]
 
 
 def require_success(code: int, message: str) -> None:
-    """`UserError` for the exit code of a worker that failed; at 2 it has told why itself."""
+    """`UserError` for the exit code of a worker that failed; it may have told why itself."""
     if code:
-        error = UserError(message)
-        error.told = code == 2
+        error = DivergedError(message) if code == DIVERGED else UserError(message)
+        error.told = code in (2, DIVERGED)
         raise error
 
 
