@@ -40,7 +40,7 @@ worker.main(sys.argv[1:])
 """
 STUDY = """
 import os, subprocess, sys
-subprocess.run([sys.executable, "-c", sys.argv[1], "recipe", "run", str(os.getpid())])
+subprocess.run([sys.executable, "-c", sys.argv[1], "recipe", "run", str(os.getpid()), "train"])
 """
 
 

@@ -9,11 +9,13 @@ from typing import Any
 
 from detdistill.study.summary import (
     Arm,
-    arm_of,
+    best_method,
     control_of,
     is_clear,
     mean_interval,
+    methods_of,
     paired_gains,
+    same_time_of,
     signed,
 )
 from detdistill.study.table import NONE
@@ -64,7 +66,7 @@ def differences(arms: Sequence[Arm]) -> list[list[Difference]]:
 
     Empty with less than two methods: the table has all of the only one.
     """
-    methods = [arm for arm in arms if arm.kind == "method"]
+    methods = methods_of(arms)
     others = [arm for arm in arms if arm.kind != "teacher"]
     if len(methods) < 2:
         return []
@@ -93,12 +95,12 @@ def difference_values(rows: Sequence[Sequence[Difference]]) -> list[dict[str, An
 
 def ranking(arms: Sequence[Arm]) -> list[str]:
     """A sentence about which method is best; none with one seed or method, or where none gains."""
-    methods = [arm for arm in arms if arm.kind == "method"]
-    best, *others = sorted(methods, key=lambda arm: arm.mean(), reverse=True)
-    if not others or len(best.runs) < 2 or best.mean() <= control_of(arms).mean():
+    best, methods, same_time = best_method(arms), methods_of(arms), same_time_of(arms)
+    if len(methods) < 2 or len(best.runs) < 2 or best.mean() <= control_of(arms).mean():
         return []
     ahead, unsure = [], []
-    for cell in (Difference(best, other) for other in others):
+    others = sorted(methods, key=lambda arm: arm.mean(), reverse=True)
+    for cell in (Difference(best, other) for other in others if other is not best):
         if is_clear(cell.gains):
             ahead.append(f"{cell.other.title} ({cell.mean} AP)")
         else:
@@ -108,8 +110,6 @@ def ranking(arms: Sequence[Arm]) -> list[str]:
         parts.append(f"not told apart from {', '.join(unsure)}: add seeds")
     first = "has the highest mean AP" if unsure else "is the best of these methods"
     text = f"At equal steps {best.title} {first}, {'; '.join(parts)}."
-    same_time = arm_of(arms, "same_time")
-    assert same_time is not None  # every study has it
     if same_time.mean() > best.mean():
         text += (
             f" The student alone, given the time of the slowest, reaches {same_time.mean():.1f} "

@@ -56,7 +56,7 @@ from detdistill.study.table import (
     print_table,
     table_notes,
 )
-from detdistill.study.tuning import Tuning, tune
+from detdistill.study.tuning import tune, tuning_of
 
 SAME_TIME = "student_same_time"
 ALONE: dict[str, Any] = {"teacher": None, "teacher_options": {}, "methods": {}, "arms": {}}
@@ -152,12 +152,12 @@ class _Study:
 
     def tune(self, seed: int) -> None:
         """Gives the recipe the best rate for the student alone; looked for once in a study."""
-        if "tuning" not in self.state:
+        tuning = tuning_of(self.state)
+        if tuning is None:
             tuning = tune(self.recipe.lr, seed, lambda rates: self.val_aps(rates, seed))
             self.state["tuning"] = tuning.as_values()
             write_json(self.out / STUDY, self.state)
             self.on_status(f"learning rate {tuning.text}")
-        tuning = Tuning.of_values(self.state["tuning"])
         self.recipe = self.recipe.model_copy(update={"lr": tuning.lr})
         adopt(self.out / _rate(tuning.lr), self.out / f"runs/student/seed{tuning.seed}")
 
@@ -335,8 +335,8 @@ def _with_latency(arms: list[Arm], taught: Recipe, study: _Study) -> list[Arm]:
 def _write(study: _Study, arms: list[Arm]) -> None:
     """The results as JSON, Markdown and a page; then the table on standard output."""
     out, sentences, caveats = study.out, [*ranking(arms), *verdicts(arms)], warnings(arms)
-    if "tuning" in study.state:
-        caveats += Tuning.of_values(study.state["tuning"]).warnings
+    if tuning := tuning_of(study.state):
+        caveats += tuning.warnings
     facts = study_facts(study.recipe, study.state)
     rows = [_arm_values(arm, control_of(arms), out) for arm in arms]
     results = {"verdict": sentences, "warnings": caveats, "arms": rows}

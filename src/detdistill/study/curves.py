@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 
 from detdistill.drawing.charts import INK, STYLE, WIDTH, svg
 from detdistill.study.runs import RunScore, read_log
-from detdistill.study.summary import Arm, control_of
+from detdistill.study.summary import Arm, control_of, methods_of
 
 METHOD_COLOURS = ("#2f7de1", "#1f9d6b", "#a25ddc", "#d6498f", "#0f9fb5")
 LONGEST = 40  # characters of a class name that a chart shows
@@ -23,7 +23,7 @@ COLOURS = {"teacher": "#8b929c", "control": "#e07b1f", "same_time": "#c9a227"}
 
 def arm_colours(arms: Sequence[Arm]) -> dict[str, str]:
     """One colour per arm, the same in every chart."""
-    methods = [arm.name for arm in arms if arm.kind == "method"]
+    methods = [arm.name for arm in methods_of(arms)]
     colours = {arm.name: COLOURS[arm.kind] for arm in arms if arm.kind != "method"}
     for index, name in enumerate(methods):
         colours[name] = METHOD_COLOURS[index % len(METHOD_COLOURS)]

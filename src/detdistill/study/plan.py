@@ -20,7 +20,7 @@ from detdistill.engine.checkpoint import write_json
 from detdistill.errors import UserError
 from detdistill.recipe import Recipe, completed
 from detdistill.study.runs import read_json, study_device
-from detdistill.study.tuning import Tuning
+from detdistill.study.tuning import tuning_of
 
 STUDY = "study.json"
 FREE = RUN_FREE | {"seed", "methods", "arms", "teacher"}
@@ -89,9 +89,7 @@ def study_facts(recipe: Recipe, state: dict[str, Any]) -> dict[str, str]:
             f"CPU ({platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads)"
         )
     packages = ("torch", "torchvision", "timm", "hotcoco", "numpy")
-    tuned = {}
-    if "tuning" in state:
-        tuned = {"learning rate": Tuning.of_values(state["tuning"]).text}
+    tuning = tuning_of(state)
     versions = ", ".join(f"{package} {version(package)}" for package in packages)
     return {
         "command": state["command"],
@@ -105,7 +103,7 @@ def study_facts(recipe: Recipe, state: dict[str, Any]) -> dict[str, str]:
         "python": platform.python_version(),
         "versions": f"detdistill {__version__}, {versions}",
         **source_commit(),
-        **tuned,
+        **({} if tuning is None else {"learning rate": tuning.text}),
     }
 
 

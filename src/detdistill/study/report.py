@@ -15,7 +15,15 @@ from detdistill.recipe import Recipe, dump_recipe
 from detdistill.study.between import NOTE, Difference, difference_rows, differences
 from detdistill.study.curves import ap_chart, arm_colours, class_chart, loss_chart, seeds_chart
 from detdistill.study.gallery import CORRECT, FALSE, MISSED, TRUTH, make_gallery
-from detdistill.study.summary import Arm, arm_of, control_of, is_clear, paired_gains
+from detdistill.study.summary import (
+    Arm,
+    arm_of,
+    best_method,
+    control_of,
+    is_clear,
+    methods_of,
+    paired_gains,
+)
 from detdistill.study.table import size_rows, table_header, table_notes, table_rows
 
 LEGEND = "".join(
@@ -67,11 +75,6 @@ def write_report(
     path = out / "report.html"
     write_text(path, page(title, body))
     return path
-
-
-def best_method(arms: Sequence[Arm]) -> Arm:
-    """The method with the highest mean AP; it is the one that is shown in pictures."""
-    return max((arm for arm in arms if arm.kind == "method"), key=lambda arm: arm.mean())
 
 
 def _cards(arms: Sequence[Arm], control: Arm, best: Arm) -> str:
@@ -139,12 +142,11 @@ def _figures(arms: Sequence[Arm]) -> str:
 
 def _classes(arms: Sequence[Arm], control: Arm) -> str:
     colours, parts = arm_colours(arms), []
-    for arm in arms:
-        if arm.kind == "method":
-            chart = class_chart(arm, control, colours[arm.name])
-            if chart:
-                caption = f"{arm.title}: gain per class on test, mean over seeds, paired."
-                parts.append(figure(chart, caption))
+    for arm in methods_of(arms):
+        chart = class_chart(arm, control, colours[arm.name])
+        if chart:
+            caption = f"{arm.title}: gain per class on test, mean over seeds, paired."
+            parts.append(figure(chart, caption))
     return "".join(parts) or "<p>No class has test boxes.</p>"
 
 

@@ -85,6 +85,21 @@ def control_of(arms: Sequence[Arm]) -> Arm:
     return next(arm for arm in arms if arm.kind == "control")
 
 
+def same_time_of(arms: Sequence[Arm]) -> Arm:
+    """The student alone with the time of the slowest method, which every study has."""
+    return next(arm for arm in arms if arm.kind == "same_time")
+
+
+def methods_of(arms: Sequence[Arm]) -> list[Arm]:
+    """The distilled students, in the order of the table."""
+    return [arm for arm in arms if arm.kind == "method"]
+
+
+def best_method(arms: Sequence[Arm]) -> Arm:
+    """The method with the highest mean AP; it is the one that is shown in pictures."""
+    return max(methods_of(arms), key=lambda arm: arm.mean())
+
+
 def paired_gains(arm: Arm, control: Arm) -> list[float]:
     """AP over the control's run of the same seed."""
     by_seed = {run.seed: 100 * run.numbers["AP"] for run in control.runs}
@@ -162,8 +177,7 @@ def signed(value: float) -> str:
 def verdicts(arms: Sequence[Arm]) -> list[str]:
     """Sentences about each method: against the control, the teacher, and the same-time control."""
     teacher, control = arm_of(arms, "teacher"), control_of(arms)
-    same_time = next(arm for arm in arms if arm.kind == "same_time")
-    methods = [arm for arm in arms if arm.kind == "method"]
+    same_time, methods = same_time_of(arms), methods_of(arms)
     measure, (own, *times) = comparable_times(control.runs, *(arm.runs for arm in methods))
     sentences = []
     for arm, time in zip(methods, times, strict=True):
@@ -200,8 +214,7 @@ def warnings(arms: Sequence[Arm]) -> list[str]:
             f"The teacher ({teacher.mean():.1f} AP) is no better than the student alone "
             f"({control.mean():.1f} AP): a better teacher comes before any distillation."
         )
-    methods = [arm for arm in arms if arm.kind == "method"]
-    unsure = [text for arm in methods if (text := _within_noise(arm))]
+    unsure = [text for arm in methods_of(arms) if (text := _within_noise(arm))]
     if unsure:
         found.append(
             "The test split is too small to be sure of every run: with other images of its kind "

@@ -61,6 +61,11 @@ class Tuning:
         return cls(values["seed"], aps)
 
 
+def tuning_of(state: Mapping[str, Any]) -> Tuning | None:
+    """What the content of `study.json` holds of it; None where nothing was tuned (yet)."""
+    return Tuning.of_values(state["tuning"]) if "tuning" in state else None
+
+
 def tune(lr: float, seed: int, measure: Callable[[Sequence[float]], Sequence[float]]) -> Tuning:
     """Tries the rates around `lr`.
 

@@ -26,7 +26,7 @@ def main(arguments: list[str]) -> int:
         end_with_parent(int(study))
     try:
         recipe = validate_recipe(read_yaml(Path(recipe_file)), recipe_file)
-        if task == "train" or recipe.devices > 1:
+        if task == "train":
             train(recipe, Path(folder), resume=True)
         else:
             train_and_test(recipe, Path(folder))
