@@ -16,7 +16,10 @@ from detdistill.drawing.charts import INK, STYLE, WIDTH, svg
 from detdistill.study.runs import RunScore, read_log
 from detdistill.study.summary import Arm, control_of, methods_of
 
-METHOD_COLOURS = ("#2f7de1", "#1f9d6b", "#a25ddc", "#d6498f", "#0f9fb5")
+METHOD_COLOURS = (
+    *("#2f7de1", "#1f9d6b", "#a25ddc", "#d6498f", "#0f9fb5"),
+    *("#c0392b", "#6b7f1f", "#34418f", "#7a4a2b", "#e58fb3"),
+)
 LONGEST = 40  # characters of a class name that a chart shows
 COLOURS = {"teacher": "#8b929c", "control": "#e07b1f", "same_time": "#c9a227"}
 

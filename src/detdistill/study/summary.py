@@ -175,11 +175,14 @@ def signed(value: float) -> str:
 
 
 def verdicts(arms: Sequence[Arm]) -> list[str]:
-    """Sentences about each method: against the control, the teacher, and the same-time control."""
+    """What is said of each method: against the control, the teacher, and the same-time control.
+
+    Of the only one the last is a text of its own, so that the first makes a headline.
+    """
     teacher, control = arm_of(arms, "teacher"), control_of(arms)
     same_time, methods = same_time_of(arms), methods_of(arms)
     measure, (own, *times) = comparable_times(control.runs, *(arm.runs for arm in methods))
-    sentences = []
+    texts: list[str] = []
     for arm, time in zip(methods, times, strict=True):
         gains = paired_gains(arm, same_time)
         as_long = time >= AS_LONG * max(times)
@@ -188,10 +191,10 @@ def verdicts(arms: Sequence[Arm]) -> list[str]:
         text = verdict(arm.title, paired_gains(arm, control), caveat)
         if teacher is not None:
             text += _against_teacher(arm, control, teacher)
-        sentences.append(text)
         faster = "" if as_long or not own else f"{time / own:.2g} x the student's {measure}"
-        sentences.append(_against_same_time(arm, gains, same_time, control, faster))
-    return sentences
+        beside = _against_same_time(arm, gains, same_time, control, faster)
+        texts += [text, beside] if len(methods) == 1 else [f"{text} {beside}"]
+    return texts
 
 
 def _against_teacher(arm: Arm, control: Arm, teacher: Arm) -> str:
@@ -274,7 +277,4 @@ def _against_same_time(
             f"the time of the slowest method ({factor:.2g} x the epochs; {arm.title} itself took "
             f"{faster})"
         )
-    return (
-        f"Against the student alone given {given}: "
-        f"{arm.title} {signed(statistics.fmean(gains))} AP{reach}."
-    )
+    return f"Against the student alone given {given}: {signed(statistics.fmean(gains))} AP{reach}."
