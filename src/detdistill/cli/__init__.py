@@ -79,13 +79,14 @@ def _usage_sentence(error: Any, ctx: Any) -> str:
 
 
 def _plain_notices() -> None:
-    """Notices as plain sentences on stderr; other warnings as Python shows them."""
-    show = warnings.showwarning
+    """Notices as plain sentences on stderr, each once; other warnings as Python shows them."""
+    show, told = warnings.showwarning, set[str]()
 
     def tell(message: Any, category: Any, *place: Any) -> None:
         if not issubclass(category, UserNotice):
             show(message, category, *place)
-        elif is_first_here():
+        elif is_first_here() and str(message) not in told:
+            told.add(str(message))
             typer.echo(f"detdistill: {message}", err=True)
 
     warnings.simplefilter("always", UserNotice)
