@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 
 import pytest
 import yaml
@@ -91,6 +92,29 @@ def test_a_tuned_study_goes_on(recipe, world, tmp_path):
     assert not any("rates" in run for run in world.trained[before:])
     tuned = json.loads((out / "study.json").read_text())["tuning"]
     assert tuned["seed"] == 0 and len(tuned["val_ap"]) == 4
+
+
+def test_tuning_goes_on_with_the_seed_that_it_began_with(recipe, world, tmp_path):
+    out = tmp_path / "study"
+    world.die_at = f"rates/lr{recipe.lr:g}"
+    with pytest.raises(KeyboardInterrupt):
+        run_study(recipe, out, tune_lr=True)
+    world.die_at = None
+    run_study(recipe, out, tune_lr=True, seeds=[1])
+    for rate in (out / "rates").iterdir():
+        assert yaml.safe_load((rate / "recipe.yaml").read_text())["seed"] == 0, rate
+    assert json.loads((out / "study.json").read_text())["tuning"]["seed"] == 0
+
+
+def test_val_must_hold_what_the_choice_is_made_by(recipe, world, tmp_path, data_folder):
+    folder, out = shutil.copytree(data_folder, tmp_path / "mine"), tmp_path / "study"
+    val = folder / "annotations/val.json"
+    val.write_text(json.dumps(json.loads(val.read_text()) | {"annotations": []}))
+    changed = recipe.model_copy(update={"data": str(folder)})
+    with pytest.raises(UserError, match=r"val\.json: no val image has a usable box.*--tune-lr"):
+        run_study(changed, out, tune_lr=True)
+    assert not out.exists()
+    run_study(changed, out)
 
 
 def test_a_study_of_which_every_rate_diverges(recipe, world, tmp_path):

@@ -33,10 +33,12 @@ def check_study(
     seeds: Sequence[int],
     jobs: int = 1,
     new: bool = True,
+    tune_lr: bool = False,
 ) -> dict[str, str]:
     """Data, names, options, and whether each method fits the pair, or does without a teacher.
 
     Of a `new` study the schedule is looked at, too, and every image of val and test decoded.
+    To `tune_lr`, val must hold boxes.
 
     Returns:
         What the study rests on, by fingerprints: its data, and a teacher that is there already.
@@ -60,6 +62,11 @@ def check_study(
     pick_device(recipe)
     require_trackers(recipe)
     splits = _open_splits(recipe)
+    if tune_lr and not _has_boxes(splits[1]):
+        raise UserError(
+            f"{splits[1].source}: no val image has a usable box, so no learning rate is the best "
+            f"there: label val, or leave --tune-lr out"
+        )
     model = None if teacher is None else _teacher(recipe, teacher, splits[-1].classes)
     _check_pairs(recipe, model, methods, splits[-1])
     if new:
@@ -97,9 +104,13 @@ def _open_splits(recipe: Recipe) -> tuple[DetectionDataset, ...]:
     test = open_dataset(recipe, "test")
     for split in (val, test):
         require_same_classes(train, split)
-    if not any((~record.crowd).any() for record in test.records):
+    if not _has_boxes(test):
         raise UserError(f"{test.source}: no test image has a usable box; nothing can be measured")
     return train, val, test
+
+
+def _has_boxes(split: DetectionDataset) -> bool:
+    return any((~record.crowd).any() for record in split.records)
 
 
 def _check_pairs(

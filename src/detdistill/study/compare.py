@@ -101,7 +101,8 @@ def compare(
     """
     methods, seeds = list(dict.fromkeys(methods)), list(dict.fromkeys(seeds))
     check_teacher_epochs(teacher, teacher_epochs)
-    inputs = check_study(recipe, teacher, methods, seeds, jobs, is_new_study(Path(out)))
+    new = is_new_study(Path(out))
+    inputs = check_study(recipe, teacher, methods, seeds, jobs, new, tune_lr)
     settings: dict[str, Any] = {"teacher": teacher, "teacher_epochs": teacher_epochs}
     settings |= {"tune_lr": tune_lr, "inputs": inputs, "jobs": jobs}
     settings |= {"recipe": recipe.model_dump(), "methods": methods, "seeds": seeds}
@@ -154,6 +155,8 @@ class _Study:
         """Gives the recipe the best rate for the student alone; looked for once in a study."""
         tuning = tuning_of(self.state)
         if tuning is None:
+            # That with which it began, perhaps in a call before, with other seeds.
+            seed = self.state.setdefault("tuning", {"seed": seed})["seed"]
             tuning = tune(self.recipe.lr, seed, lambda rates: self.val_aps(rates, seed))
             self.state["tuning"] = tuning.as_values()
             write_json(self.out / STUDY, self.state)

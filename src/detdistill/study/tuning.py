@@ -63,7 +63,8 @@ class Tuning:
 
 def tuning_of(state: Mapping[str, Any]) -> Tuning | None:
     """What the content of `study.json` holds of it; None where nothing was tuned (yet)."""
-    return Tuning.of_values(state["tuning"]) if "tuning" in state else None
+    values = state.get("tuning", {})
+    return Tuning.of_values(values) if "val_ap" in values else None
 
 
 def tune(lr: float, seed: int, measure: Callable[[Sequence[float]], Sequence[float]]) -> Tuning:
