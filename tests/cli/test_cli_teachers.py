@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 from pathlib import Path
@@ -82,3 +83,13 @@ def test_what_comes_after_a_training_works_as_it_stands(
     code, _, err = run(*shlex.split(following)[2:], *own)
     assert code == 0, err
     assert "faster_rcnn" not in given[-1] or "head/assistant_cls" in err
+
+
+def test_the_map_of_another_teacher_is_left_out_after_a_training(run: Run, my_coco: Path) -> None:
+    recipe = {"student": "gfl_r18", "class_map": {"disc": "frisbee"}, "methods": {"crosskd": {}}}
+    Path("own.yaml").write_text(json.dumps(recipe))
+    narrow = ["--set", "student_options={base_channels: 8, fpn_channels: 32}"]
+    code, out, err = run("train", "--recipe", "own.yaml", *TRAIN[3:], *narrow)
+    assert code == 0, err
+    code, _, err = run(*shlex.split(out.splitlines()[-1])[2:], *narrow)
+    assert code == 0, err

@@ -40,6 +40,7 @@ def test_a_teacher_is_not_trained_with_the_students_settings():
 
 def test_a_teacher_is_trained_with_its_own_settings():
     assignments = ("teacher=gfl_r50", "teacher_options.base_channels=8", "methods={pkd: {}}")
+    assignments += ("class_map.car=auto",)  # what another teacher calls it
     assert train_command(Request(data="d", assignments=assignments), "gfl_r50") == (
         "detdistill train --detector gfl_r50 --data d --set student_options.base_channels=8 "
         "--out runs/teacher"

@@ -78,7 +78,9 @@ def _distill_command(
     from detdistill.doctor.commands import Request, distill_command, fitting_method
 
     # What was set holds for the student too, but for what this detector is.
-    kept = tuple(a for a in assignments if not a.startswith(("student", "teacher")))
+    kept = tuple(a for a in assignments if not a.startswith(("student", "teacher", "class_map")))
+    if values.get("class_map"):  # for a teacher of other classes
+        kept += ("class_map={}",)
     student = None if "student" in values else "gfl_r18"
     method: str | None = fitting_method(settings.student, student or values["student"])
     if settings.student == values.get("teacher"):

@@ -10,7 +10,7 @@ from detdistill.detectors.factory import split_name
 from detdistill.detectors.registry import FAMILIES
 from detdistill.detectors.two_stage import TwoStageDetector
 
-OF_THE_PAIR = ("student", "teacher=", "methods", "arms")
+OF_THE_PAIR = ("student", "teacher=", "class_map", "methods", "arms")
 """Beginnings of settings that mean nothing when a teacher is trained."""
 
 
