@@ -382,3 +382,5 @@ def test_a_slower_method_moves_the_same_time_control(recipe, world, tmp_path):
     assert (out / "runs/student_same_time/seed0_12_epochs/test.json").exists()
     # Leaving the slow one out again keeps the longer control.
     assert run_study(recipe, out, seeds=[0])[-1].runs[0].epochs == 16
+    told = json.loads((out / "results.json").read_text())["verdict"][-1]
+    assert "time of a slower method (2 x the epochs; CrossKD itself took 1.5 x the" in told

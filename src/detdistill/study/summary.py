@@ -182,10 +182,14 @@ def verdicts(arms: Sequence[Arm]) -> list[str]:
     teacher, control = arm_of(arms, "teacher"), control_of(arms)
     same_time, methods = same_time_of(arms), methods_of(arms)
     measure, (own, *times) = comparable_times(control.runs, *(arm.runs for arm in methods))
+    # Part of an epoch counts as one; a control that is longer still has the time of a slower method
+    # that was left out since.
+    needed = _mean_epochs(control) * max(times) / own + 1 if own else math.inf
+    beyond = AS_LONG * _mean_epochs(same_time) > needed
     texts: list[str] = []
     for arm, time in zip(methods, times, strict=True):
         gains = paired_gains(arm, same_time)
-        as_long = time >= AS_LONG * max(times)
+        as_long = time >= AS_LONG * max(times) and not beyond
         behind = as_long and max(gains) <= 0
         caveat = " at equal steps, not at equal training time" if behind else ""
         text = verdict(arm.title, paired_gains(arm, control), caveat)
@@ -258,6 +262,11 @@ def _within_noise(arm: Arm) -> str:
     return f"{arm.title} could gain {reach} with seed {seed}"
 
 
+def _mean_epochs(arm: Arm) -> float:
+    """Of an arm that was trained here."""
+    return statistics.fmean(run.epochs for run in arm.runs if run.epochs is not None)
+
+
 def _against_same_time(
     arm: Arm, gains: list[float], same_time: Arm, control: Arm, faster: str
 ) -> str:
@@ -265,16 +274,14 @@ def _against_same_time(
 
     `faster` says of another how long it took, as a share of the control's time.
     """
-    epochs = [run.epochs for run in same_time.runs if run.epochs is not None]
-    base = [run.epochs for run in control.runs if run.epochs is not None]
-    factor = statistics.fmean(epochs) / statistics.fmean(base)
+    factor = _mean_epochs(same_time) / _mean_epochs(control)
     if factor == 1:
         return "Distillation took no longer than the student alone, which so had the same time."
     reach = f" ({_reach(gains)})" if len(gains) > 1 else ""
     given = f"the same training time ({factor:.2g} x the epochs)"
     if faster:
         given = (
-            f"the time of the slowest method ({factor:.2g} x the epochs; {arm.title} itself took "
+            f"the time of a slower method ({factor:.2g} x the epochs; {arm.title} itself took "
             f"{faster})"
         )
     return f"Against the student alone given {given}: {signed(statistics.fmean(gains))} AP{reach}."
