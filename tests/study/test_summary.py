@@ -159,6 +159,12 @@ def test_no_share_of_a_gap_that_is_none():
     assert "—" in plain_table(arms(teacher=20.0)).splitlines()[3]
 
 
+def test_a_gain_that_rounds_to_none_has_one_sign_everywhere():
+    rows = arms(taught=(34.98, 34.49, 35.99))
+    assert "CrossKD: no gain (+0.0 AP" in verdicts(rows)[0]
+    assert "+0.0 (+0.0 … +0.0)" in plain_table(rows)
+
+
 def test_without_a_teacher_nothing_is_said_of_one():
     rows = arms()[1:]
     first, second = verdicts(rows)

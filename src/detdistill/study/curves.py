@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 
 from detdistill.drawing.charts import INK, STYLE, WIDTH, svg
 from detdistill.study.runs import RunScore, read_log
-from detdistill.study.summary import Arm, control_of, methods_of
+from detdistill.study.summary import Arm, control_of, methods_of, signed
 
 METHOD_COLOURS = (
     *("#2f7de1", "#1f9d6b", "#a25ddc", "#d6498f", "#0f9fb5"),
@@ -131,7 +131,7 @@ def class_chart(arm: Arm, control: Arm, colour: str, limit: int = 30) -> str | N
         axes = figure.subplots()
         shades = [colour if value >= 0 else "#c0392b" for value in values]
         bars = axes.barh(range(len(names)), values, color=shades, height=0.68)
-        axes.bar_label(bars, [f"{value:+.1f}" for value in values], padding=4)
+        axes.bar_label(bars, [signed(value) for value in values], padding=4)
         axes.axvline(0, color=INK, lw=0.8)
         labels = [name if len(name) <= LONGEST else f"{name[: LONGEST - 1]}…" for name in names]
         axes.set_yticks(range(len(names)), labels)
@@ -139,7 +139,7 @@ def class_chart(arm: Arm, control: Arm, colour: str, limit: int = 30) -> str | N
         axes.margins(x=0.14)
         axes.grid(axis="y", visible=False)
         axes.set_xlabel("AP gained over the student alone")
-    summary = ", ".join(f"{name} {gains[name]:+.1f}" for name in names)
+    summary = ", ".join(f"{name} {signed(gains[name])}" for name in names)
     return svg(
         figure, f"classes-{arm.name.replace('+', '-')}", f"Gain per class by {arm.title}: {summary}"
     )

@@ -23,6 +23,7 @@ from detdistill.study.summary import (
     is_clear,
     methods_of,
     paired_gains,
+    signed,
 )
 from detdistill.study.table import size_rows, table_header, table_notes, table_rows
 
@@ -83,7 +84,7 @@ def _cards(arms: Sequence[Arm], control: Arm, best: Arm) -> str:
     gain = sum(gains) / len(gains)
     entries = [
         ("student alone", f"{control.mean():.1f}", "AP on test"),
-        (f"student + {best.title}", f"{best.mean():.1f}", f"AP on test, {gain:+.1f}"),
+        (f"student + {best.title}", f"{best.mean():.1f}", f"AP on test, {signed(gain)}"),
     ]
     teacher = arm_of(arms, "teacher")
     if teacher is not None:

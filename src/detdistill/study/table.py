@@ -14,6 +14,7 @@ from detdistill.study.summary import (
     control_of,
     gap_closed,
     paired_gains,
+    signed,
     spread,
 )
 
@@ -135,10 +136,10 @@ def _with_spread(values: list[float]) -> str:
 def _gain(gains: list[float]) -> str:
     if not gains:
         return NONE
-    mean = f"{statistics.fmean(gains):+.1f}"
+    mean = signed(statistics.fmean(gains))
     if len(gains) == 1:
         return mean
-    return f"{mean} ({min(gains):+.1f} … {max(gains):+.1f})"
+    return f"{mean} ({signed(min(gains))} … {signed(max(gains))})"
 
 
 def _millions(count: int) -> str:
