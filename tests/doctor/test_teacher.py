@@ -41,10 +41,6 @@ def test_a_teacher_that_is_only_named(recipe):
     found = open_teacher(settings, CLASSES, GET)
     assert found.model.num_classes == 3 and not found.trained
     assert "yet to be trained" in found.findings[0].text
-    wrong = settings.model_copy(update={"class_map": {"cat": "kitten"}})
-    found = open_teacher(wrong, CLASSES, GET)
-    assert found.model is None and levels(found.findings) == ["problem"]
-    assert "knows no class 'kitten' among its 3" in found.findings[0].text
 
 
 def test_a_trained_teacher(recipe, tmp_path):

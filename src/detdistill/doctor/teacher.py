@@ -62,14 +62,14 @@ def open_teacher(
     if recipe.teacher is None:
         text = "no teacher was given; only methods that need none can be tried"
         return Teacher(findings=[Finding("note", text, advice)])
-    named = teacher_file(recipe.teacher) is None
+    if teacher_file(recipe.teacher) is None:
+        finding = _only_named(recipe.teacher, advice if needed else "")
+        return Teacher(new_teacher(recipe, classes), findings=[finding])
     try:
-        loaded = new_teacher(recipe, classes) if named else load_teacher(recipe, classes)
+        loaded = load_teacher(recipe, classes)
     except UserError as error:
         return Teacher(findings=[from_error("problem", error)])
     assert loaded is not None  # the recipe names one
-    if named:
-        return Teacher(loaded, findings=[_only_named(recipe.teacher, advice if needed else "")])
     size, known = f"{count_parameters(loaded) / 1e6:.1f} M parameters", known_classes(loaded)
     used = "" if known == loaded.num_classes else f"{loaded.num_classes} of its "
     text = f"{loaded.name} from {recipe.teacher}: {size}, {used}{known} classes"
