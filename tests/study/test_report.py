@@ -5,6 +5,7 @@ import shutil
 import warnings
 
 from detdistill.data import open_dataset
+from detdistill.study.curves import COLOURS, LOST, METHOD_COLOURS
 from detdistill.study.report import write_report
 from tests.drawing.page_reader import read_page
 from tests.study.fabricated_study import World, run_study
@@ -49,6 +50,11 @@ def test_several_methods_are_held_against_one_another(recipe, reported_world, tm
     }
     run_study(recipe, tmp_path / "one", methods=["crosskd"])
     assert "Method against method" not in (tmp_path / "one/report.html").read_text()
+
+
+def test_no_two_colours_of_a_chart_are_one():
+    colours = [*METHOD_COLOURS, *COLOURS.values(), LOST]
+    assert len(set(colours)) == len(colours)
 
 
 def test_report_is_the_same_in_every_build(recipe, reported_world, tmp_path):

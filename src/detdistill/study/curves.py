@@ -16,10 +16,10 @@ from detdistill.drawing.charts import INK, STYLE, WIDTH, svg
 from detdistill.study.runs import RunScore, read_log
 from detdistill.study.summary import Arm, control_of, methods_of, signed
 
-METHOD_COLOURS = (
-    *("#2f7de1", "#1f9d6b", "#a25ddc", "#d6498f", "#0f9fb5"),
-    *("#c0392b", "#6b7f1f", "#34418f", "#7a4a2b", "#e58fb3"),
+METHOD_COLOURS = tuple(
+    "#2f7de1 #1f9d6b #a25ddc #d6498f #0f9fb5 #7cc4f4 #6b7f1f #34418f #7a4a2b #e58fb3".split()
 )
+LOST = "#c0392b"  # of a class that lost AP; no method has it
 LONGEST = 40  # characters of a class name that a chart shows
 COLOURS = {"teacher": "#8b929c", "control": "#e07b1f", "same_time": "#c9a227"}
 
@@ -129,7 +129,7 @@ def class_chart(arm: Arm, control: Arm, colour: str, limit: int = 30) -> str | N
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(WIDTH, 0.8 + 0.26 * len(names)), layout="constrained")
         axes = figure.subplots()
-        shades = [colour if value >= 0 else "#c0392b" for value in values]
+        shades = [colour if value >= 0 else LOST for value in values]
         bars = axes.barh(range(len(names)), values, color=shades, height=0.68)
         axes.bar_label(bars, [signed(value) for value in values], padding=4)
         axes.axvline(0, color=INK, lw=0.8)
