@@ -237,5 +237,6 @@ def score(seed, ap, folder="nowhere", **changes):
 def run_study(recipe, out, **changes):
     from detdistill.study.compare import compare
 
-    settings = {"teacher": "gfl_r34", "methods": ["crosskd"], "seeds": [0, 1], **changes}
-    return compare(recipe, out, on_status=lambda line: None, **settings)
+    settings = {"teacher": "gfl_r34", "methods": ["crosskd"], "seeds": [0, 1]}
+    settings |= {"on_status": lambda line: None, **changes}
+    return compare(recipe, out, **settings)

@@ -165,6 +165,32 @@ def test_seeds_may_be_added(recipe, world, tmp_path):
     assert [run.seed for run in arms[1].runs] == [0, 4]
 
 
+def test_only_what_is_left_to_train_is_announced_and_counted(recipe, world, tmp_path):
+    out, lines = tmp_path / "study", []
+    run_study(recipe, out, seeds=[0], on_status=lines.append)
+    announced = [line for line in lines if "to go" in line]
+    assert announced[0] == "teacher: training (4 runs to go)"
+    assert announced[-1].startswith("runs/student_same_time/seed0: training (1 run to go, about ")
+    world.skills["pkd"] = 0.6
+    lines.clear()
+    run_study(recipe, out, seeds=[0, 4], methods=["crosskd", "pkd"], on_status=lines.append)
+    announced = [line.split(", about")[0].rstrip(")") for line in lines if "to go" in line]
+    assert announced == [
+        "runs/pkd/seed0: training (5 runs to go",
+        "runs/student/seed4: training (4 runs to go",
+        "runs/crosskd/seed4: training (3 runs to go",
+        "runs/pkd/seed4: training (2 runs to go",
+        "runs/student_same_time/seed4: training (1 run to go",
+    ]
+
+
+def test_a_control_that_was_trained_while_tuning_is_only_tested(recipe, world, tmp_path):
+    lines = []
+    run_study(recipe, tmp_path / "study", tune_lr=True, seeds=[0], on_status=lines.append)
+    assert any(line.startswith("runs/student/seed0: testing (") for line in lines)
+    assert any(line.startswith("runs/crosskd/seed0: training (") for line in lines)
+
+
 @pytest.mark.parametrize(
     ("change", "named"),
     [

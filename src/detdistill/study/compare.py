@@ -42,6 +42,7 @@ from detdistill.study.runs import (
     RunScore,
     adopt,
     comparable_times,
+    is_finished,
     read_log,
     study_device,
     test_once,
@@ -125,7 +126,7 @@ class _Study:
     state: dict[str, Any]
     jobs: Jobs
     on_status: Callable[[str], None]
-    left: int = 0
+    left: set[str] = field(default_factory=set)
     seconds: list[float] = field(default_factory=list)
     lock: threading.Lock = field(default_factory=threading.Lock)
 
@@ -133,10 +134,13 @@ class _Study:
         self, teacher: str | None, epochs: int | None, methods: list[str], seeds: list[int]
     ) -> list[Arm]:
         """All runs, as the rows of the table."""
-        self.left = len(seeds) * (2 + len(methods))
+        arms = ("student", *methods, SAME_TIME)
+        self.left = {f"runs/{arm}/seed{seed}" for arm in arms for seed in seeds}
+        if teacher is not None and teacher_file(teacher) is None:
+            self.left.add("teacher")
+        self.left -= {name for name, progress in self.state["runs"].items() if progress == "done"}
         teacher_score, weights = None, None
         if teacher is not None:
-            self.left += teacher_file(teacher) is None
             teacher_score, weights = self.teacher(teacher, epochs)
         waves: Iterable[_Wave] = (self.start(seed, methods, weights) for seed in seeds)
         if self.jobs.count > 1:
@@ -246,11 +250,11 @@ class _Study:
         ratio = max(times) / own
         # Part of an epoch counts as one; a twentieth of the time is noise.
         epochs = max(control.epochs, math.ceil(control.epochs * (ratio - 0.05)))
+        name = f"runs/{SAME_TIME}/seed{control.seed}"
         if epochs == control.epochs:
             with self.lock:
-                self.left -= 1
+                self.left.discard(name)
             return done
-        name = f"runs/{SAME_TIME}/seed{control.seed}"
         folder = self.out / name
         if (folder / "recipe.yaml").exists():
             before = read_yaml(folder / "recipe.yaml")["epochs"]
@@ -265,12 +269,15 @@ class _Study:
     def run(self, name: str, recipe: Recipe, train: Callable[[Recipe, Path], RunScore]) -> RunScore:
         """One run, announced, trained or found finished, tested once."""
         if self.state["runs"].get(name) != "done":
-            self.on_status(f"{name}: training{self._time_left()}")
-            self.record(name, "training")
+            with self.lock:
+                self.left.add(name)  # as is a control that has to be longer than the finished one
+            work = "testing" if is_finished(recipe, self.out / name) else "training"
+            self.on_status(f"{name}: {work}{self._time_left()}")
+            self.record(name, work)
         score = train(recipe, self.out / name)
         self.record(name, "done")
         with self.lock:
-            self.left -= 1
+            self.left.discard(name)
             self.seconds.append(_seconds(score))
         self.on_status(
             f"{name}: {100 * score.numbers['AP']:.1f} AP on test, "
@@ -285,10 +292,11 @@ class _Study:
 
     def _time_left(self) -> str:
         with self.lock:
+            left = f"{len(self.left)} run{'s' if len(self.left) > 1 else ''} to go"
             if not self.seconds:
-                return f" ({self.left} runs to go)"
-            seconds = self.left * statistics.fmean(self.seconds) / self.jobs.count
-            return f" ({self.left} runs to go, about {format_time(seconds)})"
+                return f" ({left})"
+            seconds = len(self.left) * statistics.fmean(self.seconds) / self.jobs.count
+            return f" ({left}, about {format_time(seconds)})"
 
 
 def _rate(lr: float) -> str:
