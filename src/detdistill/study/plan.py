@@ -67,7 +67,7 @@ def is_new_study(out: Path) -> bool:
 
 
 def record(out: Path, state: dict[str, Any], run: str, progress: str) -> None:
-    """Notes a run as "training" or "done" in `study.json`."""
+    """Notes a run as "training", "testing", "done" or "outgrown" in `study.json`."""
     state["runs"][run] = progress
     write_json(out / STUDY, state)
 
