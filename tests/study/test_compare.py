@@ -398,6 +398,16 @@ def test_a_control_that_lacks_less_than_half_an_epoch_is_not_trained_again(recip
     assert not path.parent.with_name("seed0_9_epochs").exists()
 
 
+def test_a_control_of_the_length_that_is_asked_for_is_never_outgrown(recipe, world, tmp_path):
+    """Of 31.68 epochs 0.8 are noise, so that 31 do, and 32 would be the nearest."""
+    world.seconds["crosskd"] = 198
+    recipe = recipe.model_copy(update={"epochs": 16})
+    run_study(recipe, tmp_path / "study", seeds=[0])
+    world.trained.clear()
+    arms = run_study(recipe, tmp_path / "study", seeds=[0])
+    assert [run.epochs for run in arms[-1].runs] == [31] and world.trained == []
+
+
 def test_a_slower_method_moves_the_same_time_control(recipe, world, tmp_path):
     out = tmp_path / "study"
     run_study(recipe, out, seeds=[0])

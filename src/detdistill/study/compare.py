@@ -259,7 +259,7 @@ class _Study:
         if (folder / "recipe.yaml").exists():
             before = read_yaml(folder / "recipe.yaml")["epochs"]
             # A slower method has joined the study; those of before had rounded their epochs.
-            if before < round(control.epochs * ratio):
+            if before < min(epochs, round(control.epochs * ratio)):
                 os.replace(folder, folder.with_name(f"{folder.name}_{before}_epochs"))
                 self.record(name, "outgrown")
             else:
