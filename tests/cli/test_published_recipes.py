@@ -50,7 +50,7 @@ ARMS = [
 ]
 SETTING = r"--set [\w.]+=\w+(?:\.\w+)*"
 VARIANT = re.compile(
-    rf"(train the latter with )?((?:--student \S+|--method [\w+]+|{SETTING})(?: {SETTING})*)"
+    rf"(train the latter with )?((?:--(?:student|detector) \S+|--method [\w+]+|{SETTING})(?: {SETTING})*)"
 )
 """What a header adds to a command: to `train`, for the student alone, or else to `distill`."""
 AP = re.compile(r"\b\d\d\.\d\b")
@@ -140,14 +140,19 @@ def one_step(name: str, data: Path, run: Run, size: dict[str, int]) -> None:
         check_settings(out, chosen)
         terms = terms_of(out)
         assert {term.split("/")[0] for term in terms} == {"task", *methods}
-        [line] = [line for line in err.splitlines() if ": step 1/1, " in line]
-        assert all(re.search(rf" {term} -?\d", line) for term in terms), line
+        check_printed(terms, err)
     for chosen in variants_of(name, alone=True) or [""]:
         alone = ("train", "--recipe", name, "--data", str(data), "--out", "alone")
         code, _, err = run(*alone, *chosen.split(), *sets)
         assert code == 0, err
         check_settings(Path("alone"), chosen)
         assert {term.split("/")[0] for term in terms_of(Path("alone"))} == {"task"}
+
+
+def check_printed(terms: list[str], err: str) -> None:
+    """Whether the line of the only step has every term."""
+    [line] = [line for line in err.splitlines() if ": step 1/1, " in line]
+    assert all(re.search(rf" {term} -?\d", line) for term in terms), line
 
 
 def check_settings(out: Path, chosen: str) -> None:
@@ -206,14 +211,16 @@ def test_from_the_devkit_to_the_recipe_of_voc(size: dict[str, int], run: Run) ->
     changes = {"student_options.pretrained": False}  # there is no network in a test
     changes |= {f"student_options.{key}": width for key, width in size.items()}
     sets = [f"--set={key}={json.dumps(value)}" for key, value in {**SMALL, **changes}.items()]
+    printed = []
     for arguments in (split, [*train, *sets], [*distill, *sets], measure):
         code, out, err = run(*arguments)
         assert code == 0, err
         assert "are training images, too" not in err
+        printed.append(err)
     assert out.splitlines()[1].startswith("AP ")
-    assert {term.split("/")[0] for term in terms_of(Path("runs/rm_pfi_voc"))} == {
-        *("task", "rm", "pfi"),
-    }
+    terms = terms_of(Path("runs/rm_pfi_voc"))
+    assert {term.split("/")[0] for term in terms} == {"task", "rm", "pfi"}
+    check_printed(terms, printed[2])
     train_set, val, test = (opened(Path("voc0712"), name) for name in ("train", "val", "test"))
     assert (len(train_set), len(val), len(test)) == (21, 1, 4)
     names = {record.path.name for part in (train_set, val, test) for record in part.records}
@@ -228,7 +235,7 @@ def test_a_header_says_what_was_published_of_which_row(name: str) -> None:
     assert not missing
     assert len(AP.findall(told)) == len(ROWS[name])  # and nothing else
     assert ROWS[name] or re.search(r"without a published AP|no published AP", told)
-    assert not re.search("--(set|method|student) ", VARIANT.sub("", told))  # all are tried
+    assert not re.search("--(set|method|student|detector) ", VARIANT.sub("", told))  # all are tried
 
 
 @pytest.mark.parametrize("name", PUBLISHED)

@@ -118,9 +118,31 @@ def test_imagenet_weights_that_cannot_be_had(monkeypatch, network):
     monkeypatch.setattr(pretrained, "get_session", Session)
     monkeypatch.setattr(timm, "create_model", refuse)
     with (
-        pytest.warns(UserNotice, match="loading ImageNet weights of resnet18"),
+        pytest.warns(UserNotice, match=r"loading ImageNet weights of resnet18\.tv_in1k"),
         pytest.raises(UserError, match=r"not in the cache .* as backbone_weights, or use") as error,
     ):
         Backbone("resnet18", pretrained=True)
     assert "HF_HUB_OFFLINE" not in str(error.value)
     assert offline == [not network] and not constants.HF_HUB_OFFLINE
+
+
+@pytest.mark.parametrize(
+    ("name", "loaded"),
+    [
+        ("resnet50", "resnet50.tv_in1k"),  # of which CrossKD's and HEAD's students are made
+        ("resnet50.a1_in1k", "resnet50.a1_in1k"),
+        ("mobilenetv2_100", "mobilenetv2_100"),
+        ("mobilenetv2_100_head", "mobilenetv2_100"),
+    ],
+)
+def test_the_imagenet_weights_of_a_name(monkeypatch, name, loaded):
+    create, asked = timm.create_model, []
+
+    def without_network(name, *, pretrained=False, **options):
+        asked.extend([name] if pretrained else [])
+        return create(name, **options)
+
+    monkeypatch.setattr(timm, "create_model", without_network)
+    with pytest.warns(UserNotice, match="loading ImageNet weights"):
+        Backbone(name, pretrained=True)
+    assert asked == [loaded] and (loaded == "mobilenetv2_100" or timm.is_model_pretrained(loaded))

@@ -26,6 +26,7 @@ PLAIN_RESNETS = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")
 RESNET_WIDTHS = (64, 128, 256, 512)
 CAFFE = "_caffe"
 HEAD_FORM = "_head"
+TORCHVISION = ".tv_in1k"  # timm's tag
 LEAK = 0.1  # negative slope in HEAD's form
 TOP_CHANNELS = 1280
 PROVEN = ("resnet", "resnext", "mobilenetv2", "swin_")  # their maps need no trial
@@ -41,8 +42,10 @@ class Backbone(nn.Module):
             its caffe-style form, which strides the first 1x1 convolution of a stage, not the 3x3;
             a MobileNetV2's name with `_head` is the form that HEAD trains (arXiv 2207.05345):
             LeakyReLU, and 1280 channels in the last map.
-        pretrained: load timm's ImageNet weights (needs the network once); what timm lacks (the
-            norms of single stages, HEAD's last convolution) starts fresh.
+        pretrained: load ImageNet weights from timm (needs the network once); of a plain ResNet
+            torchvision's first, from which published detectors start, unless the name has a tag,
+            e.g. "resnet50.a1_in1k". What timm lacks (the norms of single stages, HEAD's last
+            convolution) starts fresh.
         base_channels: width of a ResNet's first stage and stem; 64 is the full network.
         frozen_stages: 0 trains everything, n freezes the stem and the first n stages.
         norm_eval: BatchNorm keeps its stored statistics while training; in a caffe-style network
@@ -188,6 +191,7 @@ def _create(
         levels: Any = timm.create_model(name, features_only=True, pretrained=False).feature_info
         wanted = [i for i, r in enumerate(levels.reduction()) if r in strides]
         create = pretrained_model if pretrained else timm.create_model
+        name += TORCHVISION if pretrained and name in PLAIN_RESNETS else ""
         return create(name, features_only=True, out_indices=tuple(wanted), **options)
     except RuntimeError as error:
         raise UserError(
