@@ -8,9 +8,11 @@ import pytest
 import torch
 
 from detdistill import save_detector
+from detdistill.distill.method import METHODS
 from tests.cli.conftest import Run
 from tests.cli.test_cli_bad_input import refused
 from tests.detectors.test_torchvision_models import build
+from tests.distill.test_every_method import METHOD_NAMES
 from tests.helpers import narrow
 
 CLASSES = 10  # of the built-in data
@@ -132,3 +134,17 @@ def test_a_method_that_cannot_act_in_time_is_told(run: Run, my_coco: Path) -> No
     code, _, err = run(*distill("retinanet_r18", "head"), *alone)
     assert code == 0, err
     assert "full weights" not in err
+
+
+@pytest.mark.parametrize("method", METHOD_NAMES)
+def test_a_teacher_may_lack_exactly_where_nothing_needs_one(
+    method: str, run: Run, my_coco: Path
+) -> None:
+    given = ["--data", "my_coco", "--out", "run", *SMALL]
+    code, _, err = run("distill", "--student", "gfl_r18", "--method", method, *given)
+    if METHODS.get(method).needs_teacher:
+        assert code == 2 and not Path("run").exists()
+        assert err.startswith("detdistill: no teacher was given: add --teacher RUN_OR_FILE")
+    else:
+        assert code == 0, err
+        assert method == "tf_head"  # and head, where it distils nothing: see test_cli_teachers

@@ -50,7 +50,8 @@ ARMS = [
 ]
 SETTING = r"--set [\w.]+=\w+(?:\.\w+)*"
 VARIANT = re.compile(
-    rf"(train the latter with )?((?:--(?:student|detector) \S+|--method [\w+]+|{SETTING})(?: {SETTING})*)"
+    r"(train the latter with )?"
+    rf"((?:--(?:student|detector) \S+|--method [\w+]+|{SETTING})(?: {SETTING})*)"
 )
 """What a header adds to a command: to `train`, for the student alone, or else to `distill`."""
 AP = re.compile(r"\b\d\d\.\d\b")
