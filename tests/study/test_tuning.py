@@ -77,6 +77,18 @@ def test_a_study_at_the_tuned_rate(recipe, world, tmp_path, monkeypatch, capsys,
     assert results["warnings"] == [] and "learning rate" in (out / "results.md").read_text()
 
 
+@pytest.mark.parametrize("skill", [0.4, 0.9])
+def test_a_teacher_that_is_behind_is_told_before_anything_is_distilled(
+    recipe, world, tmp_path, skill
+):
+    world.skills["teacher"], lines = skill, []
+    run_study(recipe, tmp_path / "study", tune_lr=True, seeds=[0], on_status=lines.append)
+    told = [i for i, line in enumerate(lines) if "AP on val, the student alone has" in line]
+    assert len(told) == (skill == 0.4)
+    first = next(i for i, line in enumerate(lines) if "runs/crosskd/seed0: training" in line)
+    assert all(i < first and "--teacher RUN" in lines[i] for i in told)
+
+
 def test_a_tuned_study_goes_on(recipe, world, tmp_path):
     out = tmp_path / "study"
     world.die_at = f"rates/lr{2 * recipe.lr:g}"

@@ -205,7 +205,19 @@ class _Study:
         recipe = self.recipe.model_copy(update=changes)
         scaled = scaled_epochs(recipe, epochs or recipe.epochs)
         score = self.run("teacher", scaled, train_and_test)  # nothing runs beside it
+        self.tell_of_a_weak_teacher()
         return score, str(folder.resolve())
+
+    def tell_of_a_weak_teacher(self) -> None:
+        """Says, before anything is distilled, where one trained here is behind the student."""
+        tuning = tuning_of(self.state)
+        ap = float(read_log(self.own_teacher, "eval")[-1]["metrics"]["AP"])
+        if tuning is not None and ap <= tuning.aps[tuning.lr]:
+            self.on_status(
+                f"teacher: {100 * ap:.1f} AP on val, the student alone has "
+                f"{100 * tuning.aps[tuning.lr]:.1f}: it has little to teach at this learning rate "
+                f"and length. Better stop here, train one on its own and give it by --teacher RUN"
+            )
 
     @property
     def own_teacher(self) -> Path:
