@@ -211,12 +211,15 @@ class _Study:
     def tell_of_a_weak_teacher(self) -> None:
         """Says, before anything is distilled, where one trained here is behind the student."""
         tuning = tuning_of(self.state)
-        ap = float(read_log(self.own_teacher, "eval")[-1]["metrics"]["AP"])
-        if tuning is not None and ap <= tuning.aps[tuning.lr]:
+        if tuning is None:
+            return  # what the student has on val is not known yet
+        own = float(read_log(self.own_teacher, "eval")[-1]["metrics"]["AP"])
+        alone = tuning.aps[tuning.lr]
+        if own <= alone:
             self.on_status(
-                f"teacher: {100 * ap:.1f} AP on val, the student alone has "
-                f"{100 * tuning.aps[tuning.lr]:.1f}: it has little to teach at this learning rate "
-                f"and length. Better stop here, train one on its own and give it by --teacher RUN"
+                f"teacher: {100 * own:.1f} AP on val, the student alone has {100 * alone:.1f}: it "
+                f"has little to teach at this learning rate and length. Better stop here, train "
+                f"one on its own and give it by --teacher RUN"
             )
 
     @property
