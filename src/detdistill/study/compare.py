@@ -126,7 +126,7 @@ class _Study:
     state: dict[str, Any]
     jobs: Jobs
     on_status: Callable[[str], None]
-    left: set[str] = field(default_factory=set)
+    planned: set[str] = field(default_factory=set)
     seconds: list[float] = field(default_factory=list)
     lock: threading.Lock = field(default_factory=threading.Lock)
 
@@ -135,10 +135,9 @@ class _Study:
     ) -> list[Arm]:
         """All runs, as the rows of the table."""
         arms = ("student", *methods, SAME_TIME)
-        self.left = {f"runs/{arm}/seed{seed}" for arm in arms for seed in seeds}
+        self.planned = {f"runs/{arm}/seed{seed}" for arm in arms for seed in seeds}
         if teacher is not None and teacher_file(teacher) is None:
-            self.left.add("teacher")
-        self.left -= {name for name, progress in self.state["runs"].items() if progress == "done"}
+            self.planned.add("teacher")
         teacher_score, weights = None, None
         if teacher is not None:
             teacher_score, weights = self.teacher(teacher, epochs)
@@ -268,7 +267,7 @@ class _Study:
         name = f"runs/{SAME_TIME}/seed{control.seed}"
         if epochs == control.epochs:
             with self.lock:
-                self.left.discard(name)
+                self.planned.discard(name)
             return done
         folder = self.out / name
         if (folder / "recipe.yaml").exists():
@@ -284,15 +283,12 @@ class _Study:
     def run(self, name: str, recipe: Recipe, train: Callable[[Recipe, Path], RunScore]) -> RunScore:
         """One run, announced, trained or found finished, tested once."""
         if self.state["runs"].get(name) != "done":
-            with self.lock:
-                self.left.add(name)  # as is a control that has to be longer than the finished one
             work = "testing" if is_finished(recipe, self.out / name) else "training"
             self.on_status(f"{name}: {work}{self._time_left()}")
             self.record(name, work)
         score = train(recipe, self.out / name)
         self.record(name, "done")
         with self.lock:
-            self.left.discard(name)
             self.seconds.append(_seconds(score))
         self.on_status(
             f"{name}: {100 * score.numbers['AP']:.1f} AP on test, "
@@ -307,10 +303,11 @@ class _Study:
 
     def _time_left(self) -> str:
         with self.lock:
-            left = f"{len(self.left)} run{'s' if len(self.left) > 1 else ''} to go"
+            count = sum(self.state["runs"].get(name) != "done" for name in self.planned)
+            left = f"{count} run{'s' if count > 1 else ''} to go"
             if not self.seconds:
                 return f" ({left})"
-            seconds = len(self.left) * statistics.fmean(self.seconds) / self.jobs.count
+            seconds = count * statistics.fmean(self.seconds) / self.jobs.count
             return f" ({left}, about {format_time(seconds)})"
 
 
