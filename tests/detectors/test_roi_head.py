@@ -1,9 +1,11 @@
 """The RoI head: who is sampled, where boxes are pooled, what the losses are; by hand."""
 
+import json
 import math
 
 import pytest
 import torch
+from torch.profiler import ProfilerActivity, profile
 
 from detdistill.detectors.roi_head import RoIHead
 from detdistill.structures import Batch, Proposals, Pyramid, RoIOutput
@@ -107,6 +109,19 @@ def test_a_box_is_pooled_from_the_level_of_its_size(strides):
     assert pooled.shape == (8, 2, 7, 7)
     # The largest box reaches over the border, where the mean is taken with zeros.
     assert pooled.amax((1, 2, 3)).tolist() == [3, 0, 2, 10, 11, 11, 12, 13]
+
+
+def test_pooling_holds_two_copies_of_its_boxes_at_most(tmp_path):
+    boxes, maps = (
+        proposals([[i % 100, i // 4, i % 100 + 40, i // 4 + 20] for i in range(400)]),
+        pyramid(),
+    )
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
+        pooled = head().pool(maps, boxes)
+    seen.export_chrome_trace(str(tmp_path / "trace.json"))
+    events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
+    held = [e["args"]["Total Allocated"] for e in events if e.get("name") == "[memory]"]
+    assert pooled.nbytes < max(held) - min(held) < 2.5 * pooled.nbytes
 
 
 def test_features_follow_the_activation_and_gradients_reach_every_pooled_level():

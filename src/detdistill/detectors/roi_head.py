@@ -306,7 +306,9 @@ def pool_boxes(pyramid: Pyramid, proposals: Proposals) -> Tensor:
         # Also without boxes, which ties every level to the loss.
         pooled.append(pool_level(level, stride, rois[rows]))
         order.append(rows)
-    return torch.cat(pooled)[torch.cat(order).argsort()]
+    stacked = torch.cat(pooled)
+    del pooled  # as large again as what it is stacked to
+    return stacked[torch.cat(order).argsort()]
 
 
 def indexed_boxes(proposals: Proposals) -> Tensor:
