@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Self, cast
 
 import torch
@@ -100,31 +100,30 @@ class Distiller(nn.Module):
         """
         student, targets = self.student, batch.padded_targets()
         check_targets(targets, batch, student.num_classes)
+        taught = self._run_teacher(batch)  # before the student holds maps for its backward pass
         pyramid = student.pyramid(student.normalize(batch))
         output = student.head(pyramid, keep_pre_activation=self._keep)
         assignment = student.assign(output, targets)
         terms = student.loss(output, targets, assignment)
         weights = {f"task/{name}": weight for name, weight in student.loss_weights.items()}
         self.raw = {name: value.detach() / weights[name] for name, value in terms.items()}
-        terms |= self._distil(batch, output, targets, assignment)
+        terms |= self._distil(output, taught, targets, assignment)
         if self.training:
             self.iteration += 1
         return terms
 
     def _distil(
         self,
-        batch: Batch,
         output: DenseOutput,
+        taught: DenseOutput | None,
         targets: Targets,
         assignment: Assignment | TwoStageAssignment,
     ) -> dict[str, Tensor]:
         """The methods' weighted terms."""
         methods = cast("dict[str, Method]", dict(self.methods.items()))
-        factors = {name: method.factors(self.iteration) for name, method in methods.items()}
-        acting = [method for name, method in methods.items() if any(factors[name].values())]
         step = Step(
             student=output,
-            teacher=self._run_teacher(batch, acting),
+            teacher=taught,
             student_model=self.student,
             teacher_model=self.teacher,
             targets=targets,
@@ -134,19 +133,20 @@ class Distiller(nn.Module):
         )
         terms, resting = {}, set()
         for name, method in methods.items():
-            values = method(step) if method in acting else silent(factors[name], method, output)
+            factors = method.factors(self.iteration)
+            values = method(step) if any(factors.values()) else silent(factors, method, output)
             for term, value in values.items():
-                factor = factors[name][term]
                 self.raw[f"{name}/{term}"] = value.detach()
-                terms[f"{name}/{term}"] = value * (method.weights[term] * factor)
-                if factor == 0:
+                terms[f"{name}/{term}"] = value * (method.weights[term] * factors[term])
+                if factors[term] == 0:
                     resting.add(f"{name}/{term}")
         self.resting = frozenset(resting)
         return terms
 
-    def _run_teacher(self, batch: Batch, acting: Sequence[Method]) -> DenseOutput | None:
+    def _run_teacher(self, batch: Batch) -> DenseOutput | None:
         """As far as the methods that act now need it."""
-        teacher, taught = self.teacher, [m for m in acting if m.is_taught(self.iteration)]
+        methods = cast("list[Method]", list(self.methods.values()))
+        teacher, taught = self.teacher, [m for m in methods if m.is_taught(self.iteration)]
         if teacher is None or not taught:
             return None
         # Not inference_mode: its tensors cannot be saved for the cross-head backward pass.

@@ -123,7 +123,7 @@ class Method(nn.Module):
 
     def is_taught(self, iteration: int) -> bool:
         """Whether the teacher has something to say to it after `iteration` steps."""
-        return self.needs_teacher
+        return self.needs_teacher and any(self.factors(iteration).values())
 
     def forward(self, step: Step) -> dict[str, Tensor]:
         """Raw scalar terms, the same keys in every step, exactly 0 where nothing applies."""
