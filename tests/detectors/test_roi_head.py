@@ -112,10 +112,8 @@ def test_a_box_is_pooled_from_the_level_of_its_size(strides):
 
 
 def test_pooling_holds_two_copies_of_its_boxes_at_most(tmp_path):
-    boxes, maps = (
-        proposals([[i % 100, i // 4, i % 100 + 40, i // 4 + 20] for i in range(400)]),
-        pyramid(),
-    )
+    corners = [[i % 100, i // 4] for i in range(400)]
+    boxes, maps = proposals([[x, y, x + 40, y + 20] for x, y in corners]), pyramid()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
         pooled = head().pool(maps, boxes)
     seen.export_chrome_trace(str(tmp_path / "trace.json"))
